@@ -1,0 +1,120 @@
+"""Talk to a model in the template it was trained with: one question, or a conversation that streams."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftune.models import generate
+from ftune.models.finished import ADAPTER, finished_tokenizer, is_run, load_finished, of_folder, of_run
+from ftune.models.load import load_model, load_tokenizer, max_positions
+from ftune.models.source import Say, silent
+from ftune.plugin import Turn
+from ftune.recipe.schema import Model
+
+HELP = "Ctrl-D or /exit leaves, /reset forgets the conversation."
+
+
+def open_target(target: str, gguf_file: str | None = None, say: Say = silent) -> tuple[Any, Any]:
+    """Return model and tokenizer of a run directory, a model folder, a hub name or `package:NAME`."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    path = Path(target).expanduser()
+    if gguf_file is None and path.is_dir() and (is_run(path) or (path / ADAPTER).is_file()):
+        found = of_run(path) if is_run(path) else of_folder(path)
+        return load_finished(found, device_type=device_type, say=say), finished_tokenizer(found, say)
+    model = Model(model_name_or_path=target, gguf_file=gguf_file)
+    return load_model(model, device_type=device_type, say=say), load_tokenizer(model, say)
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    turns: tuple[Turn, ...],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    streamer: Any = None,
+) -> str:
+    """Return the next turn; a streamer gets its words as they come."""
+    ids = generate.encode(tokenizer, turns).to(next(model.parameters()).device)
+    with generate.answering(model):
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            **generate.settings(model, tokenizer, temperature),
+        )
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def ask(model: Any, tokenizer: Any, prompt: str, *, system: str | None, max_new_tokens: int, temperature: float) -> str:
+    """Return the answer to one prompt."""
+    turns = (*_opening(system), Turn("user", prompt))
+    turns = _that_fit(model, tokenizer, turns, max_new_tokens)
+    return answer(model, tokenizer, turns, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+def converse(
+    model: Any,
+    tokenizer: Any,
+    *,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    read: Callable[[], str] | None = None,
+) -> None:
+    """Read, answer aloud, remember; ends with the input."""
+    from transformers import TextStreamer
+
+    listen = read or _read_line
+    opening = _opening(system)
+    turns = opening
+    while True:
+        try:
+            said = listen().strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if said in ("/exit", "/quit"):
+            return
+        if said == "/reset" or not said:
+            turns = opening if said else turns
+            continue
+        if not tokenizer.chat_template:
+            turns = opening  # plain text goes on from the last line alone
+        turns = _that_fit(model, tokenizer, (*turns, Turn("user", said)), max_new_tokens)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            reply = answer(
+                model, tokenizer, turns, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer
+            )
+        except KeyboardInterrupt:  # stop this answer, not the conversation
+            streamer.end()
+            turns = turns[:-1]
+            continue
+        turns = (*turns, Turn("assistant", reply))
+
+
+def _opening(system: str | None) -> tuple[Turn, ...]:
+    return (Turn("system", system),) if system else ()
+
+
+def _that_fit(model: Any, tokenizer: Any, turns: tuple[Turn, ...], max_new_tokens: int) -> tuple[Turn, ...]:
+    """Forget the oldest exchange, keeping the system turn, until the answer has room within the model's positions."""
+    room = (max_positions(model) or sys.maxsize) - max_new_tokens
+    first = 1 if turns[0].role == "system" else 0
+    while len(turns) - first > 2 and generate.encode(tokenizer, turns).shape[1] > room:
+        turns = (*turns[:first], *turns[first + 2 :])
+    return turns
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing and history for input())
+
+        return input("> ")
+    return input()

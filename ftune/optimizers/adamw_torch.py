@@ -1,0 +1,33 @@
+"""AdamW (Loshchilov and Hutter, 2019), PyTorch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftune.options import Number, Options
+from ftune.plugin import Optimizer
+
+
+class AdamWOptions(Options):
+    """Options of AdamW."""
+
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Number = 1e-8
+    """Added to the denominator."""
+
+
+class AdamW(Optimizer):
+    name = "adamw_torch"
+    summary = "Two float32 running means per weight; the reference every other optimizer is compared with."
+    state_bytes_per_parameter = 8.0
+    state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"
+    Options = AdamWOptions
+
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+        import torch
+
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=options.betas, eps=options.eps)
+
+
+plugin = AdamW()

@@ -1,0 +1,33 @@
+"""AdamW in one kernel over all weights, PyTorch's own: the same mathematics, fewer passes over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftune.options import Number, Options
+from ftune.plugin import Optimizer
+
+
+class AdamWFusedOptions(Options):
+    """Options of fused AdamW."""
+
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Number = 1e-8
+    """Added to the denominator."""
+
+
+class AdamWFused(Optimizer):
+    name = "adamw_torch_fused"
+    summary = "AdamW with its whole update in one kernel, on CPU and GPU."
+    state_bytes_per_parameter = 8.0
+    state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"
+    Options = AdamWFusedOptions
+
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+        import torch
+
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=options.betas, eps=options.eps, fused=True)
+
+
+plugin = AdamWFused()

@@ -1,0 +1,40 @@
+"""8-bit AdamW whose states move to host memory when the GPU runs short (Dettmers et al., 2023), from bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ftune.options import Integer, Number, Options
+from ftune.plugin import Optimizer
+
+
+class PagedAdamW8bitOptions(Options):
+    """Options of paged 8-bit AdamW."""
+
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: Number = 1e-8
+    """Added to the denominator."""
+    min_8bit_size: Integer = 4096
+    """Tensors with fewer elements keep 32-bit states."""
+
+
+class PagedAdamW8bit(Optimizer):
+    name = "paged_adamw_8bit"
+    summary = "8-bit AdamW with states in unified memory: peaks spill to the host instead of failing."
+    state_bytes_per_parameter = 2.03125
+    state_bytes_note = "two bytes and 2 x 4 / 256 of block scales; 8 bytes for tensors below min_8bit_size"
+    needs = ("bitsandbytes",)
+    device_notes: ClassVar[Mapping[str, str]] = {"cpu": "without a GPU there is nothing to page: its states are those of adamw_8bit"}
+    Options = PagedAdamW8bitOptions
+
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+        from bitsandbytes.optim import PagedAdamW8bit as BitsAndBytesPagedAdamW8bit
+
+        return BitsAndBytesPagedAdamW8bit(
+            groups, lr=learning_rate, betas=options.betas, eps=options.eps, min_8bit_size=options.min_8bit_size
+        )
+
+
+plugin = PagedAdamW8bit()

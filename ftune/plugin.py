@@ -1,0 +1,190 @@
+"""What a method is: four kinds of plugin, the facts each declares, and how they are found.
+
+A plugin is a module whose name is the name in the recipe: `ftune/optimizers/sgd.py` is `optim: sgd`. Its module-level
+`plugin` object declares facts, which the rules, the planner and the trainer read; none of them knows a method by name.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ftune.options import Options
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIMIZERS, TUNINGS, OBJECTIVES, FORMATS = "optimizers", "tuning", "objectives", "formats"
+
+
+class Gradients(enum.Enum):
+    """When an optimizer consumes gradients; accumulation, clipping and sharding follow from it."""
+
+    KEPT = "kept until step(): may be accumulated and clipped"
+    FUSED = "consumed inside backward(): never all alive"
+    NONE = "never made: forward passes only"
+
+
+class Plugin(ABC):
+    """What every method says of itself."""
+
+    name: ClassVar[str]
+    """The module's own name, and what a recipe calls it."""
+    summary: ClassVar[str]
+    """One line for `ftune explain`."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Import names of packages without which it cannot run."""
+    Options: ClassVar[type[Options]] = Options
+
+
+class Optimizer(Plugin):
+    """How weights move, given gradients."""
+
+    gradients: ClassVar[Gradients] = Gradients.KEPT
+    state_bytes_per_parameter: ClassVar[float]
+    """Bytes of optimizer state per trained element of a large matrix."""
+    state_bytes_note: ClassVar[str] = ""
+    """What the figure leaves out (factored statistics, small tensors kept in 32 bits)."""
+    zero_stages: ClassVar[frozenset[int]] = frozenset({0})
+    default_learning_rate: ClassVar[float] = 5e-5
+    """Used for full fine-tuning where the recipe says `auto`."""
+    learning_rate_reason: ClassVar[str] = "Hugging Face's default for AdamW"
+    default_max_grad_norm: ClassVar[float] = 1.0
+    max_grad_norm_reason: ClassVar[str] = "the customary clip of the global gradient norm"
+    device_types: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
+    device_notes: ClassVar[Mapping[str, str]] = {}
+    """What a user should know about it on one kind of device."""
+
+    @abstractmethod
+    def build(
+        self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer over parameter groups that already carry their `weight_decay`."""
+
+
+class Tuning(Plugin):
+    """Which weights move."""
+
+    has_adapter: ClassVar[bool] = False
+    """Whether the result is an adapter beside an unchanged base."""
+    mergeable: ClassVar[bool] = False
+    zero_stages: ClassVar[frozenset[int]] = frozenset({0})
+    default_learning_rate: ClassVar[float | None] = None
+    """Overrides the optimizer's default where the recipe says `auto`."""
+    learning_rate_reason: ClassVar[str] = ""
+    frozen_base: ClassVar[bool] = False
+    """Frozen weights need no float32 copy: they may be held in the compute dtype."""
+
+    @abstractmethod
+    def apply(self, model: Any, options: Any) -> Any:
+        """Return the model with exactly the declared weights trainable."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+    trained: bool = True
+    """Whether an assistant turn counts in the loss (a row's own `train: false` or `weight: 0` says no)."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of the message (tool calls, names), handed to the chat template as they are."""
+
+    def as_message(self) -> dict[str, Any]:
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row for supervised learning: what to say (trained) after what was said (not trained).
+
+    Either `turns`, rendered with the chat template, or plain `prompt` + `completion` text without one.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    prompt: str = ""
+    completion: str = ""
+    tools: tuple[Any, ...] = ()
+
+
+class RowError(ValueError):
+    """A row is not what its format says; the caller adds the file and the row number."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+
+class Format(Plugin):
+    """How rows on disk are read."""
+
+    columns: ClassVar[str]
+    """What a row looks like, for messages and documentation."""
+    trains_whole_text: ClassVar[bool] = False
+    """Plain text: every token counts in the loss."""
+
+    @abstractmethod
+    def detect(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row has this format's columns."""
+
+    @abstractmethod
+    def read(self, row: Mapping[str, Any]) -> Conversation:
+        """Return the row as a conversation; raise RowError with what is wrong."""
+
+
+class Objective(Plugin):
+    """What is minimised."""
+
+    formats: ClassVar[frozenset[str]]
+    """Names of the data formats it can learn from."""
+    reference_model: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+
+    @abstractmethod
+    def loss(
+        self, model: Any, batch: dict[str, Any], *, num_items: Any, label_smoothing: float, options: Any
+    ) -> Any:
+        """Return the loss summed over trained tokens, divided by `num_items`."""
+
+
+def _modules(package: str) -> Iterable[str]:
+    root = importlib.import_module(f"ftune.{package}")
+    return sorted(found.name for found in pkgutil.iter_modules(root.__path__) if not found.name.startswith("_"))
+
+
+@cache
+def names(package: str) -> tuple[str, ...]:
+    """Return the names of all plugins of one kind, without importing them."""
+    return tuple(_modules(package))
+
+
+@cache
+def get(package: str, name: str) -> Any:
+    """Return one plugin; KeyError where there is none of that name."""
+    if name not in names(package):
+        raise KeyError(name)
+    return importlib.import_module(f"ftune.{package}.{name}").plugin
+
+
+def optimizer(name: str) -> Optimizer:
+    return get(OPTIMIZERS, name)  # type: ignore[no-any-return]
+
+
+def tuning(name: str) -> Tuning:
+    return get(TUNINGS, name)  # type: ignore[no-any-return]
+
+
+def objective(name: str) -> Objective:
+    return get(OBJECTIVES, name)  # type: ignore[no-any-return]
+
+
+def format_named(name: str) -> Format:
+    return get(FORMATS, name)  # type: ignore[no-any-return]

@@ -1,0 +1,130 @@
+"""What there is to say about every key, rule and method: one text for `ftune explain`, `ftune schema` and the docs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ftune import plugin
+from ftune.options import Options
+from ftune.recipe.schema import PLUGIN_SECTIONS, SECTIONS
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a recipe."""
+
+    owner: str
+    """`training`, or `tuning (lora)` for a plugin's own key."""
+    name: str
+    kind: str
+    default: str
+    text: str
+
+
+@cache
+def field_texts(model: type[Options]) -> dict[str, str]:
+    """Return the string under each field of a settings model, read from its source."""
+    tree = ast.parse(inspect.getsource(model))
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    texts = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            value = following.value if isinstance(following, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                texts[statement.target.id] = " ".join(value.value.split())
+    return texts
+
+
+def keys_of(owner: str, model: type[Options]) -> Iterator[Key]:
+    """Yield the keys of one settings model in order."""
+    schema = model.model_json_schema()["properties"] if model.model_fields else {}
+    texts = field_texts(model)
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else _written(field.get_default(call_default_factory=True))
+        yield Key(owner, name, _kind(schema[name]), default, texts.get(name, ""))
+
+
+def all_keys() -> list[Key]:
+    """Return every key of every section and plugin."""
+    found: list[Key] = []
+    for section, model in SECTIONS.items():
+        if model is not None:
+            found += keys_of(section, model)
+            continue
+        package, default = PLUGIN_SECTIONS[section]
+        choices = " | ".join(plugin.names(package))
+        found.append(Key(section, "method", choices, default, f"Which {section}; the other keys are that method's own."))
+        for name in plugin.names(package):
+            found += keys_of(f"{section} ({name})", plugin.get(package, name).Options)
+    for name in plugin.names(plugin.OPTIMIZERS):
+        found += keys_of(f"training.optim_args ({name})", plugin.optimizer(name).Options)
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a recipe."""
+    properties: dict[str, Any] = {}
+    for section, model in SECTIONS.items():
+        if model is not None:
+            properties[section] = _section_schema(model)
+            continue
+        package, default = PLUGIN_SECTIONS[section]
+        branches = []
+        for name in plugin.names(package):
+            branch = _section_schema(plugin.get(package, name).Options)
+            branch["properties"] = {"method": {"const": name}, **branch.get("properties", {})}
+            if name != default:
+                branch["required"] = ["method"]
+            branches.append(branch)
+        properties[section] = {"oneOf": branches}
+    optim = properties["training"]["properties"]["optim"]
+    optim["enum"] = list(plugin.names(plugin.OPTIMIZERS))
+    properties["data"]["properties"]["format"]["enum"] = ["auto", *plugin.names(plugin.FORMATS)]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "ftune recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["model", "data", "training"],
+        "properties": properties,
+    }
+
+
+def _section_schema(model: type[Options]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    for name, text in field_texts(model).items():
+        schema["properties"][name]["description"] = text
+    schema.pop("title", None)
+    schema["description"] = inspect.getdoc(model) or ""
+    return schema
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """Return a JSON schema in a few words."""
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(_kind(part) for part in schema["anyOf"]))
+    if "enum" in schema:
+        return " | ".join(str(value) for value in schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    words = {"string": "text", "integer": "whole number", "boolean": "true | false", "object": "mapping"}
+    kind = schema.get("type", "anything")
+    if kind == "array":
+        inner = schema.get("items") or {}
+        return f"list of {_kind(inner)}" if inner else "list"
+    return words.get(kind, kind)
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_written(part) for part in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,152 @@
+"""Settle every `auto` and every default that depends on something else: the only file that chooses.
+
+Each choice is a Decision with its reason; the user sees it before the run and finds it in `run.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ftune import plugin
+from ftune.machine import Machine
+from ftune.recipe import Loaded
+from ftune.recipe.schema import Recipe
+from ftune.resolve import files
+from ftune.resolve.spec import Decision
+
+
+def decide(loaded: Loaded, machine: Machine) -> tuple[Recipe, tuple[Decision, ...]]:
+    """Return the recipe without any `auto`, and why each value is what it is."""
+    recipe = loaded.recipe
+    found: list[Decision] = []
+    for chooser in (_paths, _model_files, _precision, _dtype, _attention, _optimizer, _evaluation, _loader):
+        chosen = list(chooser(loaded, recipe, machine))
+        recipe = _with(recipe, chosen)
+        found.extend(chosen)
+    return recipe, tuple(found)
+
+
+def _with(recipe: Recipe, decisions: list[Decision]) -> Recipe:
+    for decision in decisions:
+        section, key = decision.key.split(".")
+        changed = getattr(recipe, section).model_copy(update={key: decision.value})
+        recipe = replace(recipe, **{section: changed})
+    return recipe
+
+
+def _paths(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    for key in ("train", "eval"):
+        value = getattr(recipe.data, key)
+        names = files.sources(value)
+        found = [str(files.locate(name, loaded.directory) or name) for name in names]
+        if found != names:
+            where = "found beside the recipe" if _beside(loaded, names) else "found from here"
+            yield Decision(f"data.{key}", found if isinstance(value, list) else found[0], where)
+    if recipe.data.chat_template is not None:
+        template = files.locate(recipe.data.chat_template, loaded.directory)
+        if template is not None:
+            yield Decision("data.chat_template", str(template), "the file of that name")
+    model = files.locate(recipe.model.model_name_or_path, loaded.directory)
+    if model is not None and model.is_dir() and str(model) != recipe.model.model_name_or_path:
+        yield Decision("model.model_name_or_path", str(model), "a directory of that name is here")
+
+
+def _beside(loaded: Loaded, names: list[str]) -> bool:
+    return any((loaded.directory / name).exists() and not files.Path(name).exists() for name in names)
+
+
+def _model_files(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    given = loaded.source.overridden
+    replaced = "model.model_name_or_path" in given and "model.gguf_file" not in given
+    if recipe.model.gguf_file is not None and replaced:
+        folder = files.Path(recipe.model.model_name_or_path)
+        if not (folder / recipe.model.gguf_file).is_file():
+            why = "it belongs to the model that --set replaced"
+            yield Decision("model.gguf_file", None, why)
+
+
+def _precision(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    training = recipe.training
+    capability = min((gpu.capability for gpu in machine.gpus), default=(0, 0))
+    device = machine.gpus[0].name if machine.gpus else "this CPU"
+    bf16, fp16 = training.bf16, training.fp16
+    pure = recipe.model.dtype == "bfloat16" and not plugin.tuning(recipe.tuning.method).frozen_base
+    if bf16 == "auto":
+        if fp16 is True:
+            bf16, why = False, "fp16 is on"
+        elif pure:
+            bf16, why = False, "the weights are bfloat16 already: there is nothing to cast"
+        elif machine.computes_bfloat16():
+            bf16, why = True, f"{device} computes bfloat16 in hardware"
+        else:
+            bf16, why = False, f"{device} has no bfloat16 instructions"
+        yield Decision("training.bf16", bf16, why)
+    if fp16 == "auto":
+        fp16 = bool(machine.gpus) and not bf16 and not pure and capability < (8, 0)
+        why = "this GPU is older than bfloat16" if fp16 else "bf16 is on" if bf16 else "nothing asks for it"
+        yield Decision("training.fp16", fp16, why)
+    if training.tf32 == "auto":
+        tf32 = capability >= (8, 0)
+        yield Decision("training.tf32", tf32, "Ampere and newer GPUs have it" if tf32 else "this machine has none")
+
+
+def _dtype(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    if recipe.model.dtype != "auto":
+        return
+    tuning = plugin.tuning(recipe.tuning.method)
+    if tuning.frozen_base and recipe.training.bf16:
+        yield Decision("model.dtype", "bfloat16", "frozen weights need no float32 copy; what is trained stays float32")
+    elif tuning.frozen_base and recipe.training.fp16:
+        yield Decision("model.dtype", "float16", "frozen weights need no float32 copy; what is trained stays float32")
+    else:
+        why = "trained weights keep small updates in float32" if not tuning.frozen_base else "what is computed in"
+        yield Decision("model.dtype", "float32", why)
+
+
+def _attention(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    if recipe.model.attn_implementation != "auto":
+        return
+    half = recipe.training.bf16 or recipe.training.fp16 or recipe.model.dtype != "float32"
+    if machine.gpus and half and machine.has("flash_attn"):
+        yield Decision("model.attn_implementation", "flash_attention_2", "flash-attn is installed and fastest here")
+    else:
+        why = "PyTorch's own fused attention" + ("; pip install flash-attn may be faster" if machine.gpus else "")
+        yield Decision("model.attn_implementation", "sdpa", why)
+
+
+def _optimizer(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    optimizer = plugin.optimizer(recipe.optimizer.method)
+    tuning = plugin.tuning(recipe.tuning.method)
+    if recipe.training.learning_rate == "auto":
+        rate, why = optimizer.default_learning_rate, optimizer.learning_rate_reason
+        if tuning.default_learning_rate is not None:
+            factor = optimizer.default_learning_rate / plugin.Optimizer.default_learning_rate
+            rate, why = tuning.default_learning_rate * factor, tuning.learning_rate_reason
+        yield Decision("training.learning_rate", rate, why)
+    if recipe.training.max_grad_norm == "auto":
+        yield Decision("training.max_grad_norm", optimizer.default_max_grad_norm, optimizer.max_grad_norm_reason)
+
+
+def _evaluation(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    training = recipe.training
+    if training.eval_strategy == "auto":
+        if recipe.data.eval is None:
+            yield Decision("training.eval_strategy", "no", "there are no evaluation rows")
+        elif training.eval_steps is not None:
+            yield Decision("training.eval_strategy", "steps", "eval_steps is set")
+        else:
+            yield Decision("training.eval_strategy", "epoch", "there are evaluation rows")
+
+
+def _loader(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    if recipe.training.dataloader_pin_memory == "auto":
+        pin = bool(machine.gpus)
+        why = "pinned batches copy to the GPU in the background" if pin else "there is no GPU to copy to"
+        yield Decision("training.dataloader_pin_memory", pin, why)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as `section.key: value`, for comparing two runs."""
+    return {f"{section}.{key}": value for section, values in recipe.as_dict().items() for key, value in values.items()}

@@ -1,0 +1,100 @@
+"""Names of the files in a run directory; nothing else in ftune spells them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RECIPE = "recipe.yaml"
+OVERRIDES = "overrides.yaml"
+RUN = "run.json"
+ENVIRONMENT = "environment.txt"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+SAMPLES = "samples.jsonl"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+CRASH = "crash.txt"
+
+PARTIAL_SUFFIX = ".partial"
+"""What is being written carries this until it is complete; leftovers of a killed run may be deleted."""
+
+
+def checkpoint_name(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the complete checkpoints of a run directory, oldest first."""
+    found = []
+    for path in (directory / CHECKPOINTS).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and path.is_dir():
+            found.append((int(step), path))
+    return [path for _, path in sorted(found)]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a log; the last line of a killed run may be half a line, and is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a log by these rows."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+    """Yield a partial directory to fill; it takes its final name only when everything in it is on the disk.
+
+    An existing directory of the final name is replaced. On an error the partial one is removed.
+    """
+    import shutil
+
+    partial = final.with_name(final.name + PARTIAL_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
+            else:
+                sync_directory(path)
+        sync_directory(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_directory(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,119 @@
+"""What happens around steps: metrics, samples, stopping on request, and where checkpoints fall."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ftune import rundir
+from ftune.training.progress import Progress
+
+LOGGED = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
+
+
+class MetricsLog(TrainerCallback):  # type: ignore[misc]
+    """Appends a JSON object per logged step to `metrics.jsonl`, and shows it."""
+
+    def __init__(self, directory: Path, progress: Progress) -> None:
+        self.path = directory / rundir.METRICS
+        self.progress = progress
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a stopped run logged beyond the checkpoint it goes on from: it will be logged again."""
+        if self.path.exists():
+            rundir.write_lines(self.path, [line for line in rundir.read_whole_lines(self.path) if line["step"] <= step])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.progress.start(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.progress.advance(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        names = ("eval_loss",) if "eval_loss" in logs else LOGGED
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
+        line |= {name: logs[name] for name in names if name in logs}
+        line["time"] = round(time.time(), 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.progress.show(line, state.max_steps)
+
+
+class SaveAfterEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Moves a save at the last step of an epoch behind that epoch's evaluation.
+
+    Otherwise a run resumed from it would skip the evaluation, and with it a best loss or an early stop.
+    """
+
+    def __init__(self) -> None:
+        self.postponed = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if control.should_save and args.eval_strategy == "epoch" and float(state.epoch or 0).is_integer():
+            control.should_save, self.postponed = False, True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.postponed:
+            control.should_save, self.postponed = True, False
+        return control
+
+
+class StopOnRequest(TrainerCallback):  # type: ignore[misc]
+    """The first Ctrl-C (or SIGTERM) ends the run after its current step, saved; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.stopped = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take both signals while training; outside the main thread Python allows no handler."""
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step, and saving; once more to stop at once", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self._everywhere(args) and not control.should_training_stop:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.stopped:  # the epoch was left, not finished: its evaluation belongs to the resumed run
+            control.should_evaluate = control.should_save = False
+        return control
+
+    def _everywhere(self, args: Any) -> bool:
+        """Agree on it: a rank that stopped alone would leave the others waiting for its gradients."""
+        if args.world_size <= 1:
+            return self.requested
+        flag = torch.tensor([int(self.requested)], device=args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())

@@ -1,0 +1,112 @@
+"""How a run ends: the last evaluation, the saved model, the answers of after, `result.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ftune import plugin, rundir
+from ftune.errors import Interrupted, Problem
+from ftune.training import checkpoint
+from ftune.training.meter import peak_memory_bytes
+from ftune.training.progress import Progress
+from ftune.training.samples import Samples
+from ftune.training.trainer import FtuneTrainer
+from ftune.units import format_bytes, format_duration
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended; the content of `result.json`, and where it lies."""
+
+    directory: str
+    status: str
+    steps: int
+    train_loss: float | None
+    eval_loss: float | None
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    wall_seconds: float
+    peak_memory_bytes: int
+    predicted_peak_bytes: int | None
+    best_checkpoint: str | None
+
+
+def finish(trainer: FtuneTrainer, samples: Samples, *, stopped: bool, wall_seconds: float, shown: Progress) -> RunResult:
+    """Save what there is to save and write the result; raises Interrupted where the user stopped the run."""
+    if stopped:
+        result = _result(trainer, "interrupted", wall_seconds)
+        _write(trainer, result)
+        shown.close()
+        saved = rundir.checkpoint_name(trainer.state.global_step)
+        fix = f"go on with: ftune resume {trainer.directory}"
+        raise Interrupted(Problem("interrupted", f"stopped at step {trainer.state.global_step}; saved {saved}", fix=fix))
+    best = trainer.state.best_model_checkpoint
+    if trainer.recipe.training.load_best_model_at_end and best is not None:
+        trainer.load_best(Path(best))
+    if trainer.eval_dataset is not None and trainer.last_evaluation[0] != trainer.state.global_step:
+        trainer.evaluate()
+    _save_model(trainer)
+    samples.show(samples.ask("after"))
+    result = _result(trainer, "finished", wall_seconds)
+    _write(trainer, result)
+    shown.close()
+    shown.say(_summary(result))
+    return result
+
+
+def _save_model(trainer: FtuneTrainer) -> None:
+    """Write `model/`: it loads with plain transformers (or peft), tokenizer and template included."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        final = trainer.directory / rundir.MODEL
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model.config.use_cache = True  # the Trainer turns it off, and generating without it is slow
+        try:
+            with rundir.whole_directory(final) as folder:
+                model.save_pretrained(folder)
+                trainer.processing_class.save_pretrained(folder)
+        except Exception as error:
+            if checkpoint.out_of_room(error):
+                raise checkpoint.saving_failed(final, error) from None
+            raise
+    trainer.accelerator.wait_for_everyone()
+
+
+def _result(trainer: FtuneTrainer, status: str, wall_seconds: float) -> RunResult:
+    meter = trainer.meter
+    trainer.close_meter()
+    best = trainer.state.best_model_checkpoint
+    return RunResult(
+        directory=str(trainer.directory),
+        status=status,
+        steps=trainer.state.global_step,
+        train_loss=meter.total_loss / meter.total_steps if meter.total_steps else None,
+        eval_loss=trainer.last_evaluation[1] if trainer.last_evaluation else None,
+        tokens=meter.tokens,
+        supervised_tokens=meter.supervised_tokens,
+        tokens_per_second=round(meter.tokens / meter.seconds, 1) if meter.seconds > 0 else 0.0,
+        wall_seconds=round(wall_seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(trainer.args.device),
+        predicted_peak_bytes=None,
+        best_checkpoint=str(Path(best).relative_to(trainer.directory)) if best else None,
+    )
+
+
+def _write(trainer: FtuneTrainer, result: RunResult) -> None:
+    if trainer.is_world_process_zero():
+        values = {name: value for name, value in asdict(result).items() if name != "directory"}
+        rundir.write_text(trainer.directory / rundir.RESULT, json.dumps(values, indent=2) + "\n")
+
+
+def _summary(result: RunResult) -> str:
+    evaluated = f", eval_loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
+    model = Path(result.directory) / rundir.MODEL
+    return (
+        f"finished: {result.steps} steps in {format_duration(result.wall_seconds)}, "
+        f"train_loss {result.train_loss or 0:.4f}{evaluated}, "
+        f"{result.tokens_per_second:,.0f} tokens/s, peak {format_bytes(result.peak_memory_bytes)}\n"
+        f"the result is in {model}; talk to it: ftune chat {result.directory}"
+    )

@@ -1,0 +1,137 @@
+"""The whole story of a run, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
+
+from ftune import plugin, rundir
+from ftune.data.collate import Collator
+from ftune.data.prepare import Prepared, prepare
+from ftune.models.cache import cache_directory
+from ftune.models.load import load_model, load_tokenizer
+from ftune.models.quiet import quiet
+from ftune.resolve import RunSpec
+from ftune.training import checkpoint as checkpoints
+from ftune.training import directory, failure, progress
+from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
+from ftune.training.fit import check_lengths, check_room
+from ftune.training.result import RunResult, finish
+from ftune.training.samples import Samples
+from ftune.training.trainer import FtuneTrainer, Parts
+
+
+def train(spec: RunSpec, *, plain: bool = False, checkpoint: Path | None = None) -> RunResult:
+    """Run a spec from its start or from a checkpoint; raises FtuneError, and leaves `result.json` in every case."""
+    main = os.environ.get("RANK", "0") == "0"
+    shown = progress.choose(plain=plain, main=main)
+    home = Path(spec.recipe.training.output_dir)
+    with directory.held(home) if main else contextlib.nullcontext(), failure.written_down(spec, main=main):
+        try:
+            return _run(spec, checkpoint, shown)
+        finally:
+            shown.close()
+
+
+def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> RunResult:
+    started, recipe = time.perf_counter(), spec.recipe
+    home = Path(recipe.training.output_dir)
+    arguments = _arguments(spec, fresh=checkpoint is None)
+    with arguments.main_process_first(local=False):
+        checkpoints.remove_partial(home)
+        tokenizer = load_tokenizer(recipe.model, shown.say)
+        data = _prepare(spec, tokenizer)
+        model = load_model(recipe.model, device_type=spec.device_type, say=shown.say)
+    _tell(data, shown)
+    check_lengths(recipe, data, model)
+    set_seed(recipe.training.seed)
+    model = plugin.tuning(recipe.tuning.method).apply(model, recipe.tuning.options)
+
+    flatten = recipe.model.attn_implementation.startswith("flash")
+    collator = Collator(tokenizer.pad_token_id, flatten=flatten)
+    metrics, samples, stop = MetricsLog(home, shown), Samples(_prompts(spec, data), shown), StopOnRequest()
+    callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
+    if recipe.training.early_stopping_patience is not None:
+        training = recipe.training
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
+    with quiet():
+        trainer = FtuneTrainer(Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments), callbacks)
+    trainer.remove_callback(PrinterCallback)
+    check_room(trainer)
+    _say_what_moves(trainer, shown)
+
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+    samples.trainer = trainer
+    if trainer.is_world_process_zero():
+        metrics.forget_after(step)
+        samples.forget_after(step)
+    if checkpoint is None:
+        samples.before = samples.ask("before")
+    else:
+        trainer.load_meter(checkpoint)
+    with stop.listening(), _loss_stays_visible():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return finish(trainer, samples, stopped=stop.stopped, wall_seconds=time.perf_counter() - started, shown=shown)
+
+
+def _arguments(spec: RunSpec, *, fresh: bool) -> TrainingArguments:
+    """Return Hugging Face's settings; a resumed run has had its evaluation of before."""
+    home = Path(spec.recipe.training.output_dir)
+    evaluates = spec.recipe.training.eval_strategy != "no" or spec.recipe.data.eval is not None
+    arguments = TrainingArguments(
+        output_dir=str(home / rundir.CHECKPOINTS),
+        eval_on_start=fresh and evaluates,
+        ddp_backend="gloo" if spec.device_type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        log_level="error",
+        **spec.training_arguments,
+    )
+    # With several GPUs and one process Hugging Face would split each batch over all of them (DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _prepare(spec: RunSpec, tokenizer: object) -> Prepared:
+    objective = plugin.objective(spec.recipe.objective.method)
+    whole_text = all(plugin.format_named(name).trains_whole_text for name in objective.formats)
+    return prepare(
+        spec.recipe.data,
+        tokenizer=tokenizer,
+        seed=spec.recipe.training.seed,
+        cache=cache_directory() / "tokens",
+        trains_whole_text_only=whole_text,
+    )
+
+
+def _prompts(spec: RunSpec, data: Prepared) -> tuple[object, ...]:
+    asked = spec.recipe.training.sample_prompts
+    return data.prompts if asked == "auto" else tuple(asked)
+
+
+def _tell(data: Prepared, shown: progress.Progress) -> None:
+    for name, counts in data.statistics.items():
+        shown.say(
+            f"{name}: {counts['rows']:,} {data.format} rows, {counts['tokens']:,} tokens, "
+            f"{counts['supervised_tokens']:,} of them learned, longest {counts['longest']:,}"
+        )
+    for warning in data.warnings:
+        shown.say(f"warning: {warning}")
+
+
+def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:
+    from ftune.units import format_count
+
+    weights = list(trainer.model.parameters())
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    shown.say(f"training {format_count(trained)} of {format_count(sum(w.numel() for w in weights))} weights")
+
+
+@contextlib.contextmanager
+def _loss_stays_visible() -> Iterator[None]:
+    """Let Hugging Face's own chatter pass by: what a user has to know, ftune says itself."""
+    with quiet():
+        yield

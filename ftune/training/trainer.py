@@ -1,0 +1,279 @@
+"""Hugging Face's Trainer with ftune's loss, optimizer, evaluation, metrics and checkpoints in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ftune import plugin, rundir
+from ftune.errors import Problem, RunError
+from ftune.losses import IGNORED
+from ftune.recipe.schema import Recipe
+from ftune.training import checkpoint
+from ftune.training.meter import Meter, peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, loaded."""
+
+    recipe: Recipe
+    model: Any
+    tokenizer: Any
+    train_rows: Any
+    eval_rows: Any
+    collator: Any
+    arguments: Any
+
+
+class FtuneTrainer(Trainer):  # type: ignore[misc]
+    """Token-weighted losses, checkpoints that are whole or absent, and metrics that survive a resume."""
+
+    def __init__(self, parts: Parts, callbacks: list[TrainerCallback]) -> None:
+        self.recipe = parts.recipe
+        self.directory = Path(parts.recipe.training.output_dir)
+        self.objective = plugin.objective(parts.recipe.objective.method)
+        self.last_evaluation: tuple[int, float] | None = None
+        super().__init__(
+            model=parts.model,
+            args=parts.arguments,
+            data_collator=parts.collator,
+            train_dataset=parts.train_rows,
+            eval_dataset=parts.eval_rows,
+            processing_class=parts.tokenizer,
+            callbacks=callbacks,
+        )
+        # Our loss divides by the trained tokens of the whole accumulated batch on all ranks, so the Trainer has to
+        # count them (from the second position on, like the loss), and must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.loss_is_scaled_for_ga = True
+        self.meter = Meter(self.args.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the recipe's optimizer over the trained weights; biases and norms are not decayed."""
+        if self.optimizer is None:
+            training = self.recipe.training
+            chosen = self.recipe.optimizer
+            decayed = set(self.get_decay_parameter_names(self.model))
+            trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+            groups = [
+                {"params": [weight for name, weight in trained if name in decayed], "weight_decay": training.weight_decay},
+                {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
+            ]
+            self.optimizer = plugin.optimizer(chosen.method).build(
+                [group for group in groups if group["params"]],
+                learning_rate=training.learning_rate,
+                options=chosen.options,
+                device_type=self.args.device.type,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the objective's loss, as its share of the accumulated batch's mean over trained tokens."""
+        loss = self.objective.loss(
+            model,
+            inputs,
+            num_items=num_items_in_batch,
+            label_smoothing=self.recipe.training.label_smoothing_factor,
+            options=self.recipe.objective.options,
+        )
+        # DDP averages gradients over ranks, and each rank has already divided by the tokens of all.
+        return loss * self.accelerator.num_processes
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.meter.add(loss, inputs)
+        if self.accelerator.sync_gradients:
+            self.meter.end_step()
+        self._finite &= torch.isfinite(loss)
+        return loss
+
+    def stop_if_not_finite(self) -> None:
+        """Raise RunError once a loss was NaN or infinite: nothing learned after it is worth keeping."""
+        if bool(self._finite):
+            return
+        kept = rundir.checkpoints(self.directory)
+        raise RunError(
+            Problem(
+                "loss-not-finite",
+                f"the loss is not a number, at step {self.state.global_step} or shortly before",
+                why="weights or activations overflowed; training on would only write NaN over them",
+                fix="lower the learning rate, set max_grad_norm: 1.0, or compute in bf16 or float32; "
+                + (f"{kept[-1].name} is from before" if kept else "no checkpoint was written yet"),
+            )
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace the Trainer's window averages, which restart at a resume, by the meter's."""
+        if "loss" in logs:
+            self.stop_if_not_finite()
+            logs = {**logs, **self._read_meter()}
+        elif "train_loss" in logs:
+            return
+        logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
+        super().log(logs)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Do something beside training: off the clock, and without drawing from training's random numbers."""
+        self.meter.stop_clock()
+        states = random.getstate(), numpy.random.get_state()
+        devices = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+            self.meter.start_clock()
+
+    def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        with self.aside():
+            metrics: dict[str, float] = super().evaluate(*arguments, **named)
+        self.last_evaluation = (self.state.global_step, metrics["eval_loss"])
+        return metrics
+
+    def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **named: Any) -> EvalLoopOutput:
+        """Return the mean loss over all trained tokens of all rows; the Trainer's would be a mean of batch means."""
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                count = (batch["labels"][:, 1:] != IGNORED).sum()
+                with self.compute_loss_context_manager():
+                    loss = self.objective.loss(
+                        model, batch, num_items=1, label_smoothing=0.0, options=self.recipe.objective.options
+                    )
+                sums += torch.stack([loss.double(), count.double(), torch.ones_like(sums[2])])
+        # `even_batches` repeats rows so that ranks have equal counts: with several ranks a few rows count twice.
+        total, tokens, batches = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{named.get('metric_key_prefix', 'eval')}_loss": total / tokens if tokens else math.nan}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(batches))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save the best weights when they are found, whatever the save interval, if the run is to end with them."""
+        best: bool = super()._determine_best_metric(metrics, trial)
+        if best and self.recipe.training.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write everything a resume needs; the folder takes its name only when it is whole and read back."""
+        self.stop_if_not_finite()
+        final = self.directory / rundir.CHECKPOINTS / rundir.checkpoint_name(self.state.global_step)
+        with self.aside():
+            if self.accelerator.num_processes > 1:
+                self._save_together(final)
+            else:
+                self._save_alone(final)
+        if self.state.best_global_step:
+            best = final.with_name(rundir.checkpoint_name(self.state.best_global_step))
+            self.state.best_model_checkpoint = str(best) if best.exists() else None
+        if self.args.should_save:
+            checkpoint.prune(
+                self.directory,
+                keep=self.recipe.training.save_total_limit,
+                best=self.state.best_model_checkpoint if self.recipe.training.load_best_model_at_end else None,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save_alone(self, final: Path) -> None:
+        try:
+            with rundir.whole_directory(final) as folder:
+                self._write_state(folder)
+                checkpoint.seal(folder)
+        except Exception as error:
+            if checkpoint.out_of_room(error):
+                raise checkpoint.saving_failed(final, error) from None
+            raise
+
+    def _save_together(self, final: Path) -> None:
+        """Each rank writes its own random state into one partial folder, which the first rank completes."""
+        with contextlib.ExitStack() as stack:
+            folder = final.with_name(final.name + rundir.PARTIAL_SUFFIX)
+            if self.args.should_save:
+                stack.enter_context(rundir.whole_directory(final))
+            self.accelerator.wait_for_everyone()
+            self._write_state(folder)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.seal(folder)
+
+    def _write_state(self, folder: Path) -> None:
+        if self.args.should_save:
+            self._save(str(folder))
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.stateful_callbacks = {
+                type(callback).__name__: callback.state()
+                for callback in [*self.callback_handler.callbacks, self.control]
+                if hasattr(callback, "state")
+            }
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        meters = self.accelerator.gather(self.meter.window[None]) if self.accelerator.num_processes > 1 else None
+        if self.args.should_save:
+            state = self.meter.state()
+            if meters is not None:
+                state["window_by_rank"] = meters.tolist()
+            (folder / checkpoint.STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load_meter(self, folder: Path) -> None:
+        """Go on counting from a checkpoint."""
+        state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
+        by_rank = state.pop("window_by_rank", None)
+        if by_rank is not None and len(by_rank) == self.accelerator.num_processes:
+            state["window"] = by_rank[self.args.process_index]
+        self.meter.load(state)
+
+    def _read_meter(self) -> dict[str, float]:
+        ranks = self.accelerator.num_processes
+        return self.meter.read((lambda sums: self.accelerator.reduce(sums, "sum")) if ranks > 1 else _itself, ranks)
+
+    def close_meter(self) -> None:
+        """Count the steps after the last logged line, and stop the clock."""
+        self._read_meter()
+
+    def load_best(self, folder: Path) -> None:
+        """Take the weights of a checkpoint; optimizer and schedule stay where they are."""
+        self._load_from_checkpoint(str(folder))
+        self.last_evaluation = (-1, math.nan)
+
+    def planned_steps(self) -> int:
+        """Return how many optimizer steps the run will take."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        rows = len(self.train_dataset)
+        batches = math.ceil(rows / (self.args.train_batch_size * self.accelerator.num_processes))
+        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        return math.ceil(per_epoch * self.args.num_train_epochs)
+
+    def saved_bytes(self) -> tuple[int, int]:
+        """Return about how many bytes a checkpoint and the final model take on the disk."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        kept = trained if plugin.tuning(self.recipe.tuning.method).has_adapter else list(self.model.parameters())
+        weights = checkpoint.tensor_bytes(kept)
+        state = plugin.optimizer(self.recipe.optimizer.method).state_bytes_per_parameter
+        return weights + int(state * sum(weight.numel() for weight in trained)), weights
+
+
+def _itself(sums: torch.Tensor) -> torch.Tensor:
+    return sums

@@ -1,0 +1,79 @@
+"""LoRA (Hu et al., 2021): a small low-rank addition beside frozen weights, through PEFT."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ftune.errors import Problem, RecipeError
+from ftune.options import Flag, Fraction, Integer, Number, Options
+from ftune.plugin import Tuning
+
+
+class LoRAOptions(Options):
+    """Options of LoRA, in PEFT's spelling."""
+
+    r: Integer = Field(default=16, ge=1)
+    """Rank of the addition."""
+    lora_alpha: Number = Field(default=32, gt=0)
+    """The addition is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter, a regular expression, or `all-linear`: all but the output layer."""
+    modules_to_save: list[str] | None = None
+    """Names of layers trained in full beside the adapter, such as embed_tokens."""
+    use_rslora: Flag = False
+    """Scale by sqrt(r) (rank-stabilised LoRA), so that large ranks keep learning."""
+    use_dora: Flag = False
+    """Train magnitude and direction apart (DoRA)."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "olora", "pissa"] = True
+    """How the adapter starts; true starts at zero, so that step 0 is the base model."""
+
+
+class LoRA(Tuning):
+    name = "lora"
+    summary = "Low-rank adapters are trained beside frozen weights."
+    has_adapter = True
+    mergeable = True
+    frozen_base = True
+    default_learning_rate = 2e-4
+    learning_rate_reason = "adapters start at zero and are small: the customary rate for LoRA"
+    Options = LoRAOptions
+
+    def apply(self, model: Any, options: Any) -> Any:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        config = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=options.r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.target_modules,
+            modules_to_save=options.modules_to_save,
+            use_rslora=options.use_rslora,
+            use_dora=options.use_dora,
+            init_lora_weights=options.init_lora_weights,
+        )
+        model.requires_grad_(False)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise RecipeError(_no_target(model, options.target_modules, str(error))) from None
+
+
+def _no_target(model: Any, wanted: str | list[str], why: str) -> Problem:
+    """Say which layers there are: PEFT's own message does not."""
+    import torch
+
+    layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return Problem(
+        "lora-targets",
+        f"no adapter can be put on {wanted!r}",
+        why=why.split("\n", maxsplit=1)[0],
+        fix="this model's linear layers are " + ", ".join(sorted(layers)) + "; or write target_modules: all-linear",
+    )
+
+
+plugin = LoRA()

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftune import export, rundir
+from ftune.errors import FtuneError, RecipeError, RunError
+from ftune.models.load import load_model
+from ftune.recipe.schema import Model, Recipe
+from ftune.resolve.spec import RunSpec
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*tied layer is part of the adapter.*:UserWarning"),
+]
+ALPHA, RANK = 12.0, 3
+SETTINGS: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+
+
+def write_run(directory: Path, model: Path) -> Path:
+    """Write the files of a run, but for its model."""
+    recipe = {
+        "model": {"model_name_or_path": str(model), "dtype": "float32"},
+        "data": {"train": "none.jsonl"},
+        "objective": {"method": "sft"},
+        "tuning": {"method": "lora"},
+        "training": {"output_dir": str(directory)},
+        "distributed": {},
+    }
+    spec = RunSpec(
+        recipe=Recipe.from_dict(recipe),
+        training_arguments={},
+        decisions=(),
+        recipe_text="",
+        overrides=(),
+        data_fingerprint={},
+        versions={},
+        device_type="cpu",
+        ftune_version="0",
+    )
+    directory.mkdir()
+    (directory / rundir.RUN).write_text(spec.to_json(), encoding="utf-8")
+    prompts = ["Say hello", [{"role": "user", "content": "Say bye"}], "Say hello"]
+    lines = [json.dumps({"step": 0, "prompt": prompt, "answer": "x"}) for prompt in prompts]
+    (directory / rundir.SAMPLES).write_text("\n".join([*lines, '{"step": 1, "pro']), encoding="utf-8")
+    return directory
+
+
+def adapt(run: Path, base: Path, **changes: Any) -> Any:
+    """Save an adapter that has learnt something into a run; return it, attached to its base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    model = load_model(Model(model_name_or_path=str(base), dtype="float32"))
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(**{**SETTINGS, **changes}))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad and "lora_A" not in name:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    adapted.save_pretrained(run / rundir.MODEL)
+    AutoTokenizer.from_pretrained(base).save_pretrained(run / rundir.MODEL)
+    return adapted.eval()
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", tiny_model)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[0, 20, 30, 40, 50, 60]])).logits
+
+
+def test_merged_weights_are_the_formula(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The oracle: W + (alpha / r) B A in float64, from the files alone."""
+    adapt(run, tiny_model)
+    export.merge(run, tmp_path / "merged")
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tiny_model, tmp_path / "merged"))
+    adapter = load_file(run / rundir.MODEL / "adapter_model.safetensors")
+    touched = 0
+    assert base.keys() == merged.keys()
+    for name, weight in base.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weight.double()
+        if f"{layer}.lora_A.weight" in adapter:
+            down, up = (adapter[f"{layer}.lora_{part}.weight"].double() for part in "AB")
+            assert up.abs().max() > 0
+            expected = expected + ALPHA / RANK * (up @ down)
+            assert (expected - weight).abs().max() > 1e-3
+            touched += 1
+        assert (merged[name].double() - expected).abs().max() < 1e-6
+    assert touched == 14
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "use_dora": True, "use_rslora": True, "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_kind_of_adapter_merges_to_the_same_model(
+    changes: dict[str, Any], tied: bool, tmp_path: Path, make_tiny: Callable[..., Path]
+) -> None:
+    base = make_tiny(tmp_path / "base", tie_word_embeddings=tied)
+    run = write_run(tmp_path / "run", base)
+    adapted = adapt(run, base, **changes)
+    said = export.merge(run, tmp_path / "merged")
+    assert said.dtype == "float32"
+    assert said.max_difference < 1e-4
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(plain), logits(adapted), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_result_is_stored_as_the_base_is(dtype: str, tmp_path: Path, make_tiny: Callable[..., Path]) -> None:
+    base = make_tiny(tmp_path / "base", dtype=dtype, initializer_range=0.05)
+    run = write_run(tmp_path / "run", base)
+    adapt(run, base)
+    made = export.merge(run, tmp_path / "merged")
+    assert made.dtype == dtype
+    assert made.max_difference > 0
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {getattr(torch, dtype)}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_the_command_says_what_it_proved(
+    run: Path, tiny_model: Path, tmp_path: Path, ftune: Callable[..., Any]
+) -> None:
+    adapt(run, tiny_model)
+    answer = ftune("merge", run, "--output", tmp_path / "deep" / "merged")
+    assert answer.returncode == 0, answer.stderr
+    assert "merged == adapter on 5 prompts: largest logit difference" in answer.stdout
+    said = ["loading the base", "saving in float32", "loading what was saved"]
+    assert [line[: len(start)] for line, start in zip(answer.stderr.splitlines(), said, strict=True)] == said
+    merged = tmp_path / "deep" / "merged"
+    from transformers import AutoTokenizer
+
+    templates = {AutoTokenizer.from_pretrained(folder).chat_template for folder in (merged, tiny_model)}
+    assert len(templates) == 1
+    again = ftune("merge", run, "--output", merged)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("spoil", ["lose", "change", "nan"])
+def test_a_merge_that_differs_is_not_kept(
+    spoil: str, run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapt(run, tiny_model)
+    fold = export._fold
+
+    def spoilt(adapted: Any) -> Any:
+        if spoil == "lose":
+            return adapted.unload()
+        whole = fold(adapted)
+        with torch.no_grad():
+            whole.model.layers[1].mlp.up_proj.weight[0, 0] += 0.5 if spoil == "change" else float("nan")
+        return whole
+
+    monkeypatch.setattr(export, "_fold", spoilt)
+    with pytest.raises(RunError) as caught:
+        export.merge(run, tmp_path / "out" / "merged")
+    assert caught.value.problems[0].rule == "merge-differs"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def refused(run: Path, output: Path) -> FtuneError:
+    with pytest.raises(FtuneError) as caught:
+        export.merge(run, output)
+    assert not (output / "config.json").exists()
+    return caught.value
+
+
+def test_refusals(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from shutil import copytree
+
+    output = tmp_path / "merged"
+    missing = refused(tmp_path / "nowhere", output)
+    assert isinstance(missing, RecipeError)
+    assert missing.problems[0].rule == "no-run"
+    unfinished = refused(run, output)
+    assert isinstance(unfinished, RunError)
+    assert unfinished.problems[0].rule == "no-finished-model"
+    assert "ftune resume" in unfinished.problems[0].fix
+    copytree(tiny_model, run / rundir.MODEL)
+    assert refused(run, output).problems[0].rule == "not-an-adapter"
+
+
+def test_damaged_adapters(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    adapt(run, tiny_model)
+    path = run / rundir.MODEL / "adapter_model.safetensors"
+    whole = load_file(path)
+    lacking = {name: weight for name, weight in whole.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(lacking, path, {"format": "pt"})
+    error = refused(run, tmp_path / "merged")
+    assert error.problems[0].rule == "weights-damaged"
+    assert "layers.1.mlp.up_proj" in error.problems[0].why
+    path.write_bytes(path.read_bytes()[:300])
+    assert refused(run, tmp_path / "merged").problems[0].rule == "weights-damaged"
+    save_file({**whole, next(iter(whole)): torch.full_like(next(iter(whole.values())), float("nan"))}, path)
+    assert refused(run, tmp_path / "merged").problems[0].rule == "merge-broken"

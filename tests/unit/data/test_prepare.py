@@ -1,0 +1,246 @@
+"""The data of a recipe as a trainer gets them: nothing lost unsaid, the same every time."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftune.data.prepare import Prepared, prepare
+from ftune.errors import DataError
+from ftune.plugin import Turn
+from ftune.recipe.schema import Data
+
+COUNTS = "rows", "tokens", "supervised_tokens", "cut_rows", "cut_tokens", "dropped_rows", "longest"
+
+
+def dialogue(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+ROWS = [dialogue(f"what is {number}?", f"it is {number}" + " the cat" * (number % 7)) for number in range(60)]
+
+
+def prepared(tokenizer: Any, cache: Path | None = None, *, seed: int = 1, whole: bool = False, **data: Any) -> Prepared:
+    return prepare(Data(**data), tokenizer=tokenizer, seed=seed, cache=cache, trains_whole_text_only=whole)
+
+
+def answers(tokenizer: Any, rows: Any) -> list[str]:
+    return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in rows]
+
+
+EXPECTED = [row["messages"][1]["content"] + "<|im_end|>" for row in ROWS]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_rows_keep_their_order_and_are_counted(stored: bool, tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
+    made = prepared(tokenizer, tmp_path / "cache" if stored else None, train=write_rows(ROWS))
+    assert made.format == "messages"
+    assert made.eval is None
+    assert answers(tokenizer, made.train) == EXPECTED
+    counts = made.statistics["train"]
+    assert counts["rows"] == 60
+    assert counts["tokens"] == sum(len(row["input_ids"]) for row in made.train)
+    assert counts["supervised_tokens"] == sum(label != -100 for row in made.train for label in row["labels"])
+    assert counts["longest"] == max(len(row["input_ids"]) for row in made.train)
+    assert set(COUNTS) <= set(counts)
+    assert made.warnings == ()
+    assert made.prompts[0] == (Turn("user", "what is 0?"),)
+    assert len(made.prompts) == 3
+
+
+def test_several_sources_follow_each_other(tokenizer: Any, write_rows: Any) -> None:
+    made = prepared(tokenizer, train=[write_rows(ROWS[:5], "b.jsonl"), write_rows(ROWS[5:9], "a.jsonl")])
+    assert answers(tokenizer, made.train) == EXPECTED[:9]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_packing_holds_every_row_once(streaming: bool, tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
+    path = write_rows(ROWS)
+    alone = prepared(tokenizer, train=path).train
+    rows = list(prepared(tokenizer, tmp_path, train=path, packing=True, max_length=128, streaming=streaming).train)
+    assert len(rows) < 30
+    assert all(len(row["input_ids"]) <= 128 for row in rows)
+    found = []
+    for row in rows:
+        starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
+        assert all(row["labels"][at] == -100 for at in starts)
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
+            assert row["position_ids"][start:end] == list(range(end - start))
+            found.append((row["input_ids"][start:end], row["labels"][start:end]))
+    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in alone)
+
+
+def test_a_share_is_held_out_by_the_seed(tokenizer: Any, write_rows: Any) -> None:
+    path = write_rows(ROWS)
+    first, again = (prepared(tokenizer, train=path, eval=0.1) for _ in range(2))
+    other = prepared(tokenizer, train=path, eval=0.1, seed=2)
+    train, held_out = answers(tokenizer, first.train), answers(tokenizer, first.eval)
+    assert len(held_out) == 6
+    assert sorted(train + held_out) == sorted(EXPECTED)
+    assert answers(tokenizer, again.eval) == held_out
+    assert answers(tokenizer, other.eval) != held_out
+    assert [EXPECTED.index(answer) for answer in train] == sorted(EXPECTED.index(answer) for answer in train)
+    assert first.prompts[0] == (Turn("user", f"what is {EXPECTED.index(held_out[0])}?"),)
+
+
+def test_a_small_share_is_one_row_and_one_row_has_no_share(tokenizer: Any, write_rows: Any) -> None:
+    assert len(prepared(tokenizer, train=write_rows(ROWS[:3]), eval=0.01).eval) == 1
+    with pytest.raises(DataError, match="there is only 1"):
+        prepared(tokenizer, train=write_rows(ROWS[:1]), eval=0.5)
+
+
+def test_the_cache_is_used_again_and_only_for_the_same(
+    make_tokenizer: Any, templates: Any, write_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, path = tmp_path / "cache", write_rows(ROWS)
+    wanted = {"train": path, "packing": True, "max_length": 128}
+    first = prepared(make_tokenizer(), cache, **wanted)
+    files = sorted(cache.iterdir())
+    assert [file.suffix for file in files] == [".arrow", ".json"] * 2
+    made = {file: file.stat().st_mtime_ns for file in files}
+    monkeypatch.setattr("ftune.data.prepare.encoded_rows", None)
+    again = prepared(make_tokenizer(), cache, **wanted)
+    assert again.train[:] == first.train[:]
+    assert (again.statistics, again.warnings) == (first.statistics, first.warnings)
+    assert {file: file.stat().st_mtime_ns for file in sorted(cache.iterdir())} == made
+    monkeypatch.undo()
+    prepared(make_tokenizer(templates["llama3"]), cache, **wanted)
+    assert len(list(cache.iterdir())) == 8
+    prepared(make_tokenizer(), cache, **{**wanted, "max_length": 120})
+    assert len(list(cache.iterdir())) == 12
+
+
+def test_the_cache_knows_changed_contents(tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
+    path = write_rows(ROWS)
+    prepared(tokenizer, tmp_path / "cache", train=path)
+    # Another text of the same length in the same file.
+    write_rows([dialogue("what is 9?", "it is 9"), *ROWS[1:]])
+    assert answers(tokenizer, prepared(tokenizer, tmp_path / "cache", train=path).train)[0] == "it is 9<|im_end|>"
+
+
+def test_a_broken_cache_file_is_made_anew(tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
+    cache, path = tmp_path / "cache", write_rows(ROWS)
+    prepared(tokenizer, cache, train=path)
+    next(cache.glob("*.arrow")).write_bytes(b"nonsense")
+    assert answers(tokenizer, prepared(tokenizer, cache, train=path).train) == EXPECTED
+
+
+def test_a_failed_start_leaves_nothing_in_the_cache(tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        prepared(tokenizer, tmp_path / "cache", train=write_rows([*ROWS, {"mesages": []}]))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_bad_rows_are_named_together(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in ROWS]
+    lines[3], lines[40], lines[50] = '{"mesages": []}', "{bad", '{"messages": "x"}'
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        prepared(tokenizer, train=str(path))
+    assert [str(problem.where) for problem in caught.value.problems] == [f"{path}:4", f"{path}:41:2", f"{path}:51"]
+    assert "did you mean `mesages`" in caught.value.problems[0].fix
+    assert '{"messages": [{"role": "user"' in caught.value.problems[0].why
+
+
+def test_what_the_template_refuses_is_named(make_tokenizer: Any, templates: Any, write_rows: Any) -> None:
+    rows = [*ROWS[:2], {"messages": [{"role": "system", "content": "s"}, *ROWS[2]["messages"]]}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*System role not supported"):
+        prepared(make_tokenizer(templates["gemma"]), train=write_rows(rows))
+
+
+def test_conversations_need_a_template_which_may_come_from_a_file(
+    make_tokenizer: Any, templates: Any, write_rows: Any, tmp_path: Path
+) -> None:
+    tokenizer, path = make_tokenizer(None), write_rows(ROWS)
+    with pytest.raises(DataError, match=r"has no chat template.*data\.chat_template"):
+        prepared(tokenizer, train=path)
+    (tmp_path / "own.jinja").write_text(templates["chatml"])
+    assert (
+        answers(tokenizer, prepared(tokenizer, train=path, chat_template=str(tmp_path / "own.jinja")).train) == EXPECTED
+    )
+    assert tokenizer.chat_template == templates["chatml"]
+    with pytest.raises(DataError, match="cannot read the chat template"):
+        prepared(tokenizer, train=path, chat_template=str(tmp_path / "none.jinja"))
+
+
+def test_cut_and_dropped_rows_are_said(tokenizer: Any, write_rows: Any) -> None:
+    rows = [*ROWS[:4], dialogue("cat " * 80, "no"), dialogue("q", "the cat " * 40), dialogue("q", "")]
+    made = prepared(tokenizer, train=write_rows(rows), max_length=60)
+    counts = made.statistics["train"]
+    assert (counts["rows"], counts["cut_rows"], counts["dropped_rows"]) == (5, 1, 2)
+    assert counts["cut_tokens"] > 20
+    assert len(made.train) == 5
+    assert re.search(r"1 of 5 rows are longer than data.max_length 60", made.warnings[0])
+    assert "2 rows were left out" in made.warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([dialogue("cat " * 40, "no")] * 2, {"max_length": 20}, r"none of the 2 rows.*raise data\.max_length"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], {}, "none of the 1 rows.*assistant turns are missing"),
+        ([{"question": "q", "label": "yes"}], {}, r"rows\.jsonl:1: no format fits .* `question`, `label`.*alpaca:"),
+        ([{**ROWS[0], "conversations": []}], {}, "fits several formats: messages, sharegpt"),
+        ([{"a": 1}], {"format": "mesages"}, "there is no data format `mesages`"),
+        (ROWS, {"whole": True}, "the rows are `messages`, but this objective learns plain text"),
+    ],
+)
+def test_nothing_to_learn_from(
+    rows: Any, settings: dict[str, Any], message: str, tokenizer: Any, write_rows: Any
+) -> None:
+    with pytest.raises(DataError, match=message):
+        prepared(tokenizer, train=write_rows(rows), **settings)
+
+
+def test_streaming_gives_the_same_rows_in_the_seeds_order(tokenizer: Any, write_rows: Any) -> None:
+    wanted = {"train": write_rows(ROWS), "streaming": True, "shuffle_buffer_size": 20, "eval": 0.1}
+    first = prepared(tokenizer, **wanted)
+    train = answers(tokenizer, first.train)
+    assert train == answers(tokenizer, prepared(tokenizer, **wanted).train)
+    assert sorted(train + answers(tokenizer, first.eval)) == sorted(EXPECTED)
+    assert train != sorted(train, key=EXPECTED.index)
+    assert "train" not in first.statistics
+
+
+def test_a_bad_row_in_a_stream_is_named(tokenizer: Any, write_rows: Any) -> None:
+    made = prepared(tokenizer, train=write_rows([*ROWS, *ROWS, *ROWS, {"mesages": []}]), streaming=True)
+    with pytest.raises(DataError, match=r"rows\.jsonl:181"):
+        list(made.train)
+    with pytest.raises(DataError, match=r"rows\.jsonl:3"):
+        prepared(tokenizer, train=write_rows([*ROWS[:2], {"mesages": []}]), streaming=True)
+
+
+def test_plain_text_and_completions(make_tokenizer: Any, write_rows: Any) -> None:
+    tokenizer = make_tokenizer(None)
+    made = prepared(tokenizer, train=write_rows([{"text": "the cat sat on the mat and on the mat it sat"}]), whole=True)
+    assert made.prompts == ("the cat sat on the mat and on",)
+    row = made.train[0]
+    assert row["labels"][1:] == row["input_ids"][1:]
+    pairs = write_rows([{"prompt": "the cat", "completion": " sat"}])
+    assert answers(tokenizer, prepared(tokenizer, train=pairs).train) == [" sat</s>"]
+    assert prepared(tokenizer, train=pairs).prompts == ("the cat",)
+    whole = prepared(tokenizer, train=pairs, completion_only_loss=False).train[0]
+    assert whole["labels"][1:] == whole["input_ids"][1:]
+    # The other switch is for conversations and leaves completions alone.
+    assert answers(tokenizer, prepared(tokenizer, train=pairs, assistant_only_loss=False).train) == [" sat</s>"]
+
+
+def test_the_whole_conversation_where_asked(tokenizer: Any, write_rows: Any) -> None:
+    row = prepared(tokenizer, train=write_rows(ROWS), assistant_only_loss=False).train[0]
+    assert row["labels"][1:] == row["input_ids"][1:]
+    row = prepared(tokenizer, train=write_rows(ROWS), completion_only_loss=False).train[0]
+    assert row["labels"].count(-100) > 5
+
+
+def test_what_will_surprise_is_said(make_tokenizer: Any, tokenizer: Any, write_rows: Any) -> None:
+    path = write_rows(ROWS)
+    assert any("both read" in warning for warning in prepared(tokenizer, train=path, eval=path).warnings)
+    markless = make_tokenizer("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    assert any("when to stop" in warning for warning in prepared(markless, train=path).warnings)
+    pairs = write_rows([{"prompt": "what is the capi", "completion": "tal"}])
+    assert any("a token spans" in warning for warning in prepared(tokenizer, train=pairs).warnings)

