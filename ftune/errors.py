@@ -60,9 +60,10 @@ class FtuneError(Exception):
 
     exit_code = 1
 
-    def __init__(self, *problems: Problem) -> None:
+    def __init__(self, *problems: Problem | str) -> None:
+        """Take problems; or text, from which PyTorch rebuilds what was raised in a data loader's worker."""
         super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = problems
+        self.problems = tuple(Problem("worker", problem) if isinstance(problem, str) else problem for problem in problems)
 
 
 class RecipeError(FtuneError):

@@ -1,18 +1,22 @@
 """The base of every settings model, and the scalar types a recipe is made of.
 
 Pydantic's lax mode would read `true` as the number 1 and `no` as false. These types take what a person means and
-nothing else: a quoted number counts where a number is wanted, a bool never does.
+nothing else: a quoted number counts where a number is wanted, a bool never does, and numbers are finite.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_LARGEST_INTEGER = 2**63 - 1
+"""What PyTorch holds in an integer."""
 
 
 class Options(BaseModel):
@@ -23,22 +27,30 @@ class Options(BaseModel):
 
 def _number(value: Any) -> Any:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        return float(value)
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise PydanticCustomError("number", "expected a number")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise PydanticCustomError("number", "expected a finite number")
     return value
 
 
 def _integer(value: Any) -> Any:
-    number = value
-    if not isinstance(value, bool) and not isinstance(value, int):
-        try:
-            number = _number(value)
-        except PydanticCustomError:
-            raise PydanticCustomError("integer", "expected a whole number") from None
-    if isinstance(number, bool) or number != number or number in (float("inf"), float("-inf")) or number != int(number):
+    try:
+        number = _number(value)
+    except PydanticCustomError:
+        raise PydanticCustomError("integer", "expected a whole number") from None
+    if number != int(number):
         raise PydanticCustomError("integer", "expected a whole number")
-    return int(number)
+    # A quoted whole number is read as such: a float would round it above 2 ** 53.
+    exact = int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdigit() else int(number)
+    if abs(exact) > _LARGEST_INTEGER:
+        raise PydanticCustomError("integer", "expected a whole number below 2 ** 63")
+    return exact
 
 
 def _flag(value: Any) -> Any:
@@ -47,14 +59,27 @@ def _flag(value: Any) -> Any:
     return value
 
 
-def _or_auto(check: Any) -> Any:
+def _text(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise PydanticCustomError("text", "expected text")
+    if not value.strip():
+        raise PydanticCustomError("empty_text", "must be more than blanks")
+    if any(ord(letter) < 32 or 0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+        raise PydanticCustomError("control_text", "must be one line of ordinary characters")
+    return value
+
+
+def _or_auto(check: Callable[[Any], Any], *, minimum: float | None = None) -> Callable[[Any], Any]:
     def validate(value: Any) -> Any:
-        if value == "auto" and not isinstance(value, bool):
+        if isinstance(value, str) and value == "auto":
             return value
         try:
-            return check(value)
+            checked = check(value)
         except PydanticCustomError as error:
-            raise PydanticCustomError(error.type + "_or_auto", error.message_template + " or auto") from None  # type: ignore[arg-type]
+            raise PydanticCustomError("or_auto", "{expected} or auto", {"expected": error.message()}) from None
+        if minimum is not None and checked < minimum:
+            raise PydanticCustomError("or_auto", "must be {minimum} or more, or auto", {"minimum": minimum})
+        return checked
 
     return validate
 
@@ -62,7 +87,11 @@ def _or_auto(check: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number)]
 Integer = Annotated[int, BeforeValidator(_integer)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
-NumberOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_or_auto(_number))]
-IntegerOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_or_auto(_integer))]
+Text = Annotated[str, BeforeValidator(_text)]
+"""One line of text that is not blank: a name, a path."""
+NumberOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_or_auto(_number, minimum=0))]
+"""No number of a recipe that may be `auto` can be negative."""
 FlagOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_or_auto(_flag))]
 Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
+NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0.0)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0.0)]

@@ -128,6 +128,8 @@ class Format(Plugin):
 
     columns: ClassVar[str]
     """What a row looks like, for messages and documentation."""
+    loss_setting: ClassVar[str] = "assistant_only_loss"
+    """Which key of `data` says whether only answers are learned."""
     trains_whole_text: ClassVar[bool] = False
     """Plain text: every token counts in the loss."""
 

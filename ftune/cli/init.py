@@ -9,7 +9,7 @@ import typer
 
 
 def init(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Which recipe; --list shows them.")] = "quickstart",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which recipe; --list shows them.")] = "quickstart",
     output: Annotated[Path, typer.Option(metavar="FILE", help="The file to write; must be new.")] = Path("recipe.yaml"),
     show: Annotated[bool, typer.Option("--list", help="Print the shipped recipes and leave.")] = False,
 ) -> None:

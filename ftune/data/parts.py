@@ -29,12 +29,13 @@ class Part:
     """Places, counted over all sources, of rows held out for evaluation; None where nothing is held out."""
     held_out: bool = False
     """Whether this part is what was held out or what was left."""
+    most: int | None = None
+    """At most so many rows, the first ones."""
 
     def rows(self, faults: Faults) -> Iterator[Row]:
         every = itertools.chain.from_iterable(read_rows(source, self.split, faults) for source in self.sources)
-        for at, row in enumerate(every):
-            if self.picked is None or (at in self.picked) == self.held_out:
-                yield row
+        chosen = (row for at, row in enumerate(every) if self.picked is None or (at in self.picked) == self.held_out)
+        return itertools.islice(chosen, self.most)
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,24 @@ def encoded_rows(part: Part, encoding: Encoding, tally: Tally) -> Iterator[list[
         if len(faults):
             # The run is lost already: only look for more bad rows.
             continue
-        made = encode(encoding.tokenizer, drafts, max_length=encoding.max_length)
+        if encoding.format.trains_whole_text:
+            drafts, made = _in_pieces(drafts, encode(encoding.tokenizer, drafts, max_length=None), encoding.max_length)
+        else:
+            made = encode(encoding.tokenizer, drafts, max_length=encoding.max_length)
         kept = [row for draft, row in zip(drafts, made, strict=True) if tally.take(draft, row)]
         if kept:
             yield kept
     faults.stop()
     if not tally.rows:
         raise DataError(_nothing_to_learn(part, encoding, tally))
+
+
+def _in_pieces(
+    drafts: list[Rendered], rows: list[Encoded], max_length: int
+) -> tuple[list[Rendered], list[Encoded]]:
+    """Return plain texts in pieces of at most `max_length`: nothing of a long one is thrown away."""
+    pieces = [(draft, piece) for draft, row in zip(drafts, rows, strict=True) for piece in row.pieces(max_length)]
+    return [draft for draft, _ in pieces], [piece for _, piece in pieces]
 
 
 def _nothing_to_learn(part: Part, encoding: Encoding, tally: Tally) -> Problem:

@@ -61,7 +61,7 @@ def prepare(
         use_template_file(tokenizer, data.chat_template)
     train, evaluation = _parts(data, seed)
     chosen = choose_format(data.format, train, whole_text_only=trains_whole_text_only)
-    answers_only = bool(getattr(data, getattr(chosen, "loss_setting", "assistant_only_loss")))
+    answers_only = bool(getattr(data, chosen.loss_setting))
     encoding = Encoding(chosen, tokenizer, answers_only, data.max_length)
     statistics: dict[str, dict[str, int]] = {}
     if data.streaming:
@@ -82,9 +82,10 @@ def _parts(data: Data, seed: int) -> tuple[Part, Part | None]:
     """Return the training part and the evaluation part; a fraction is drawn by rows, with the seed."""
     train = Part("train", _listed(data.train), data.train_split)
     if not data.eval:
-        return train, None
+        return replace(train, most=data.max_train_samples), None
     if not isinstance(data.eval, float):
-        return train, Part("eval", _listed(data.eval), data.eval_split)
+        evaluation = Part("eval", _listed(data.eval), data.eval_split, most=data.max_eval_samples)
+        return replace(train, most=data.max_train_samples), evaluation
     faults = Faults()
     count = sum(1 for _ in train.rows(faults))
     faults.stop()
@@ -93,7 +94,8 @@ def _parts(data: Data, seed: int) -> tuple[Part, Part | None]:
         raise DataError(Problem("too-few-rows", what, Place(train.sources[0]), fix="add rows, or leave out data.eval"))
     held_out = min(count - 1, max(1, round(count * data.eval)))
     picked = frozenset(random.Random(seed).sample(range(count), held_out))
-    return replace(train, picked=picked), replace(train, name="eval", picked=picked, held_out=True)
+    evaluation = replace(train, name="eval", picked=picked, held_out=True, most=data.max_eval_samples)
+    return replace(train, picked=picked, most=data.max_train_samples), evaluation
 
 
 def _listed(sources: str | list[str]) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ def _key(part: Part, encoding: Encoding) -> tuple[str, bool]:
     key = store.key_of(
         store.tokenizer_fingerprint(encoding.tokenizer),
         contents if None not in contents else part.sources,
-        [part.split, picked, part.held_out],
+        [part.split, picked, part.held_out, part.most],
         [encoding.format.name, encoding.answers_only, encoding.max_length],
     )
     return key, None not in contents

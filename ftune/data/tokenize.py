@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 
 from ftune.data.template import Rendered
 from ftune.errors import DataError, Problem
-
-IGNORED = -100
-"""The label that counts in no loss; PyTorch's and Hugging Face's own."""
+from ftune.losses import IGNORED
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,17 @@ class Encoded:
     def supervised_tokens(self) -> int:
         return int((self.labels != IGNORED).sum())
 
+    def pieces(self, length: int) -> Iterator[Encoded]:
+        """Yield the row in consecutive pieces; the first token of each has nothing before it to be predicted from."""
+        for start in range(0, len(self.input_ids), length):
+            labels = self.labels[start : start + length].copy()
+            labels[:1] = IGNORED
+            last = start + length >= len(self.input_ids)
+            yield replace(self, input_ids=self.input_ids[start : start + length], labels=labels, stops=self.stops and last)
 
-def encode(tokenizer: Any, rows: Sequence[Rendered], *, max_length: int) -> list[Encoded]:
-    """Return the rows as ids and labels, cut to `max_length`.
+
+def encode(tokenizer: Any, rows: Sequence[Rendered], *, max_length: int | None) -> list[Encoded]:
+    """Return the rows as ids and labels, cut to `max_length` where one is given.
 
     Each text is tokenised once and whole, so that the ids are those of inference; spans become labels by character
     offsets. The template wrote its own begin mark, so the tokenizer adds none.
@@ -79,7 +85,7 @@ def _marks(tokenizer: Any) -> _Marks:
     return _Marks(begin, tokenizer.eos_token_id, special)
 
 
-def _encoded(row: Rendered, marks: _Marks, ids: Any, offsets: Any, max_length: int) -> Encoded:
+def _encoded(row: Rendered, marks: _Marks, ids: Any, offsets: Any, max_length: int | None) -> Encoded:
     places = numpy.asarray(offsets, dtype=numpy.int64).reshape(-1, 2)
     learned = numpy.zeros(len(ids), dtype=bool)
     joined = False
@@ -97,7 +103,7 @@ def _encoded(row: Rendered, marks: _Marks, ids: Any, offsets: Any, max_length: i
     return Encoded(
         ids[:max_length],
         labels[:max_length],
-        cut_tokens=max(0, len(ids) - max_length),
+        cut_tokens=max(0, len(ids) - max_length) if max_length else 0,
         stops=not marks.special.isdisjoint(labels.tolist()),
         joined=joined,
     )

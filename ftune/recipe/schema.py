@@ -53,10 +53,14 @@ class Data(Options):
     """Which split of a hub data set to train on."""
     eval_split: str = "validation"
     """Which split of a hub data set to evaluate on."""
+    max_train_samples: Integer | None = Field(default=None, ge=1)
+    """At most so many training rows, the first ones."""
+    max_eval_samples: Integer | None = Field(default=None, ge=1)
+    """At most so many evaluation rows, the first ones."""
     format: str = "auto"
     """How a row is written; `auto` looks at the first row's keys."""
     max_length: Integer = Field(default=2048, ge=2)
-    """Longest row in tokens. Longer ones are cut at the end, and counted."""
+    """Longest row in tokens. Longer ones are cut at the end, and counted; plain text goes on in a further row."""
     packing: Flag = False
     """Put several rows into one sequence, without attention between them."""
     assistant_only_loss: Flag = True

@@ -15,13 +15,11 @@ from ftune.training.trainer import FtuneTrainer
 def check_lengths(recipe: Recipe, data: Prepared, model: object) -> None:
     """Raise RecipeError where rows are longer than the positions the model knows."""
     most = max_positions(model)
-    packed = recipe.data.packing
     longest = max([counts["longest"] for counts in data.statistics.values()], default=0)
-    if recipe.data.streaming:
-        longest = recipe.data.max_length
+    longest = recipe.data.max_length if recipe.data.streaming else min(longest, recipe.data.max_length)
     if most is None or longest <= most:
         return
-    why = f"the longest {'row' if not packed else 'row before packing'} has {longest} tokens"
+    why = f"the longest row has {longest} tokens"
     fix = f"set data.max_length: {most}"
     raise RecipeError(Problem("max-length", f"this model knows {most} positions", why=why, fix=fix))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ftune import plugin, rundir
 from ftune.errors import Interrupted, Problem
+from ftune.models.quiet import quiet
 from ftune.training import checkpoint
 from ftune.training.meter import peak_memory_bytes
 from ftune.training.progress import Progress
@@ -65,7 +66,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         model.config.use_cache = True  # the Trainer turns it off, and generating without it is slow
         try:
-            with rundir.whole_directory(final) as folder:
+            with quiet(), rundir.whole_directory(final) as folder:
                 model.save_pretrained(folder)
                 trainer.processing_class.save_pretrained(folder)
         except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
@@ -50,7 +49,8 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
     _tell(data, shown)
     check_lengths(recipe, data, model)
     set_seed(recipe.training.seed)
-    model = plugin.tuning(recipe.tuning.method).apply(model, recipe.tuning.options)
+    with quiet():
+        model = plugin.tuning(recipe.tuning.method).apply(model, recipe.tuning.options)
 
     flatten = recipe.model.attn_implementation.startswith("flash")
     collator = Collator(tokenizer.pad_token_id, flatten=flatten)
@@ -74,7 +74,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
         samples.before = samples.ask("before")
     else:
         trainer.load_meter(checkpoint)
-    with stop.listening(), _loss_stays_visible():
+    with stop.listening(), quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return finish(trainer, samples, stopped=stop.stopped, wall_seconds=time.perf_counter() - started, shown=shown)
 
@@ -128,10 +128,3 @@ def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:
     weights = list(trainer.model.parameters())
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     shown.say(f"training {format_count(trained)} of {format_count(sum(w.numel() for w in weights))} weights")
-
-
-@contextlib.contextmanager
-def _loss_stays_visible() -> Iterator[None]:
-    """Let Hugging Face's own chatter pass by: what a user has to know, ftune says itself."""
-    with quiet():
-        yield

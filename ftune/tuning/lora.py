@@ -28,7 +28,7 @@ class LoRAOptions(Options):
     """Scale by sqrt(r) (rank-stabilised LoRA), so that large ranks keep learning."""
     use_dora: Flag = False
     """Train magnitude and direction apart (DoRA)."""
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "olora", "pissa"] = True
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """How the adapter starts; true starts at zero, so that step 0 is the base model."""
 
 

@@ -1,0 +1,33 @@
+"""What `import ftune` offers to Python programs: the commands, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftune.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from ftune.training.result import RunResult
+
+RecipeLike = str | Path | Mapping[str, Any]
+
+
+def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Return every problem of a recipe on this machine; without an error among them, it can be trained."""
+    from ftune.machine import probe
+    from ftune.recipe import load
+    from ftune.resolve import findings
+
+    try:
+        return findings(load(recipe, overrides), probe())
+    except RecipeError as error:
+        return list(error.problems)
+
+
+def train(recipe: RecipeLike, overrides: Sequence[str] = (), *, plain: bool = True) -> RunResult:
+    """Train from a recipe file, or a mapping of the same shape; raises ftune.errors.FtuneError."""
+    from ftune.cli.train import start
+
+    return start(recipe, overrides, plain=plain)  # type: ignore[no-any-return]
