@@ -17,11 +17,10 @@ RecipeLike = str | Path | Mapping[str, Any]
 def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> list[Problem]:
     """Return every problem of a recipe on this machine; without an error among them, it can be trained."""
     from ftune.machine import probe
-    from ftune.recipe import load
-    from ftune.resolve import findings
+    from ftune.resolve import examine
 
     try:
-        return findings(load(recipe, overrides), probe())
+        return examine(recipe, overrides, probe())[1]
     except RecipeError as error:
         return list(error.problems)
 

@@ -31,7 +31,7 @@ class Place:
     """How many characters the caret underlines."""
 
     def __str__(self) -> str:
-        parts = [self.file, self.line, self.column]
+        parts = [self.file, self.line, self.column] if self.line is not None else [self.file]
         return ":".join(str(part) for part in parts if part is not None)
 
 
@@ -63,7 +63,9 @@ class FtuneError(Exception):
     def __init__(self, *problems: Problem | str) -> None:
         """Take problems; or text, from which PyTorch rebuilds what was raised in a data loader's worker."""
         super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = tuple(Problem("worker", problem) if isinstance(problem, str) else problem for problem in problems)
+        self.problems = tuple(
+            Problem("worker", problem) if isinstance(problem, str) else problem for problem in problems
+        )
 
 
 class RecipeError(FtuneError):
@@ -90,7 +92,7 @@ class RunError(FtuneError):
     exit_code = 5
 
 
-class Interrupted(FtuneError):
+class Interrupted(FtuneError):  # noqa: N818 (nothing went wrong)
     """The user stopped the run; everything was saved first."""
 
     exit_code = 130

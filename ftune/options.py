@@ -22,7 +22,7 @@ _LARGEST_INTEGER = 2**63 - 1
 class Options(BaseModel):
     """A frozen group of settings; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
 def _number(value: Any) -> Any:

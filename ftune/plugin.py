@@ -151,9 +151,7 @@ class Objective(Plugin):
     generates: ClassVar[bool] = False
 
     @abstractmethod
-    def loss(
-        self, model: Any, batch: dict[str, Any], *, num_items: Any, label_smoothing: float, options: Any
-    ) -> Any:
+    def loss(self, model: Any, batch: dict[str, Any], *, num_items: Any, label_smoothing: float, options: Any) -> Any:
         """Return the loss summed over trained tokens, divided by `num_items`."""
 
 
@@ -186,6 +184,15 @@ def tuning(name: str) -> Tuning:
 
 def objective(name: str) -> Objective:
     return get(OBJECTIVES, name)  # type: ignore[no-any-return]
+
+
+def customary_learning_rate(optimizer: Optimizer, tuning: Tuning) -> tuple[float, str]:
+    """Return the learning rate that `auto` stands for, and why."""
+    if tuning.default_learning_rate is None:
+        return optimizer.default_learning_rate, optimizer.learning_rate_reason
+    factor = optimizer.default_learning_rate / Optimizer.default_learning_rate
+    rate, why = tuning.default_learning_rate * factor, tuning.learning_rate_reason
+    return (rate, why) if factor == 1 else (rate, f"{why}, times {factor:g}: {optimizer.learning_rate_reason}")
 
 
 def format_named(name: str) -> Format:

@@ -41,7 +41,7 @@ def checkpoints(directory: Path) -> list[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("w", encoding="utf-8") as out:
+    with partial.open("w", encoding="utf-8", newline="") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())

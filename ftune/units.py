@@ -18,7 +18,7 @@ def format_bytes(count: float) -> str:
 def format_count(count: float) -> str:
     """Return a count as `135 M` or `1.2 B`, the way parameter counts are said."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= limit:
+        if abs(count) >= 0.9995 * limit:  # what would round up to 1000 of the unit below
             value = count / limit
             return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
     return f"{count:.0f}"

@@ -27,7 +27,7 @@ def rows_file(path: Path, count: int, *, longest: int = 180, source: Path = DEFI
     return path
 
 
-def recipe(model: Path, rows: Path, output: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+def recipe(model: Path, rows: Path, output: Path, /, **changes: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe that trains in float32 with everything that costs time turned off, changed as asked."""
     base: dict[str, dict[str, Any]] = {
         "model": {"model_name_or_path": str(model)},

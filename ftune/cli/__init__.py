@@ -1,6 +1,7 @@
 """The Typer app: the commands in help order, and what happens to an error."""
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -32,9 +33,11 @@ def options(
     """Hold the options that stand before a command."""
 
 
-for command in (init.init, check.check, train.train, resume.resume, chat.chat, merge.merge):
-    app.command()(command)
-for command in (explain.explain, schema.schema, doctor.doctor):
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(init.init, check.check, train.train, resume.resume, chat.chat, merge.merge),
+    *(explain.explain, schema.schema, doctor.doctor),
+)
+for command in _COMMANDS:
     app.command()(command)
 
 
@@ -42,6 +45,10 @@ def main() -> None:
     """Run a command; print what a user can mend without a traceback, and save a report of what only we can."""
     from ftune.errors import FtuneError
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A pipe that is not UTF-8 shows what it cannot write as an escape, rather than ending the program.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FtuneError as error:

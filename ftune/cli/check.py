@@ -21,30 +21,27 @@ def check(
     from dataclasses import asdict
 
     from ftune.cli import console
-    from ftune.errors import FtuneError, Problem, RecipeError
+    from ftune.errors import FtuneError, Problem
     from ftune.machine import probe
-    from ftune.recipe import load
-    from ftune.resolve import Decision, findings, raise_errors, resolve
+    from ftune.resolve import Decision, examine, raise_errors, resolve
 
     machine = probe()
     problems: list[Problem] = []
     decisions: tuple[Decision, ...] = ()
     failure: FtuneError | None = None
     try:
-        loaded = load(recipe, override or ())
-        problems = findings(loaded, machine)
-        decisions = resolve(loaded, machine, fingerprints=False).decisions
+        loaded, problems = examine(recipe, override or (), machine)
+        if loaded is not None:
+            decisions = resolve(loaded, machine, fingerprints=False).decisions
         raise_errors(problems)
-    except RecipeError as error:
-        failure, problems = error, problems or list(error.problems)
     except FtuneError as error:
-        failure = error
+        failure, problems = error, problems or list(error.problems)
     if as_json:
         answer = {
             "problems": [console.problem_as_json(problem) for problem in problems],
             "decisions": [asdict(decision) for decision in decisions],
         }
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        print(json.dumps(answer, indent=2))
     else:
         console.print_problems(problems, stream=sys.stderr)
         if failure is None:

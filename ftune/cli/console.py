@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from ftune.resolve import Decision
 
 _COLOURS = {"error": "1;31", "warning": "1;33", "note": "1;36", "bold": "1", "frame": "1;34", "dim": "2"}
+
+
+_SELF_EVIDENT = ("unknown-key", "unknown-method", "missing-key", "bad-value", "duplicate-key", "override", "yaml")
+"""Problems whose name would say nothing beyond their text."""
 
 
 def paint(text: str, colour: str, stream: TextIO) -> str:
@@ -35,10 +40,14 @@ def print_problems(problems: Iterable[Problem], *, stream: TextIO | None = None)
 
 def render(problem: Problem, stream: TextIO) -> str:
     """Return one problem as text."""
-    shown_rule = f"[{problem.rule}]" if problem.why and problem.where and problem.where.line else ""
-    lines = [paint(problem.severity + shown_rule, problem.severity, stream) + paint(f": {problem.what}", "bold", stream)]
+    shown_rule = f"[{problem.rule}]" if problem.why and problem.where and problem.rule not in _SELF_EVIDENT else ""
+    lines = [
+        paint(problem.severity + shown_rule, problem.severity, stream)
+        + paint(f": {_plain(problem.what)}", "bold", stream)
+    ]
     places = sorted(
-        [(place, label, "-") for place, label in problem.also] + ([(problem.where, problem.label, "^")] if problem.where else []),
+        [(place, label, "-") for place, label in problem.also]
+        + ([(problem.where, problem.label, "^")] if problem.where else []),
         key=lambda item: item[0].line or 0,
     )
     margin = max([len(str(place.line or "")) for place, _, _ in places], default=1) or 1
@@ -51,8 +60,20 @@ def render(problem: Problem, stream: TextIO) -> str:
             lines.extend(_excerpt(place, label, mark, margin, problem.severity, stream))
         lines.append(" " * margin + paint(" |", "frame", stream))
     lead = " " * margin + (paint(" = ", "frame", stream) if problem.where else "  ")
-    lines.extend(lead + f"{word}: {text}" for word, text in (("why", problem.why), ("fix", problem.fix)) if text)
+    lines.extend(
+        lead + f"{word}: {_plain(text)}" for word, text in (("why", problem.why), ("fix", problem.fix)) if text
+    )
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Return text without control characters, which a terminal would obey."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
+
+
+def _columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each wide letter."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _excerpt(place: Place, label: str, mark: str, margin: int, severity: str, stream: TextIO) -> list[str]:
@@ -62,11 +83,14 @@ def _excerpt(place: Place, label: str, mark: str, margin: int, severity: str, st
     if len(text) > 160:  # one screen: a long JSON row is cut around the caret
         begin = max(0, start - 60)
         text, start = ("..." if begin else "") + text[begin : begin + 150] + "...", start - begin + (3 if begin else 0)
-    caret = mark * max(1, min(place.length, len(text) - start))
+    text = text.replace("\t", " ")
+    caret = mark * max(1, _columns(text[start : start + place.length]))
     colour = severity if mark == "^" else "frame"
+    label = _plain(label)
+    text, lead = _plain(text), " " * _columns(text[:start])
     return [
         f"{paint(number + ' |', 'frame', stream)} {text}",
-        f"{' ' * margin}{paint(' |', 'frame', stream)} {' ' * start}{paint(caret + ' ' + label if label else caret, colour, stream)}",
+        f"{' ' * margin}{paint(' |', 'frame', stream)} {lead}{paint(f'{caret} {label}'.rstrip(), colour, stream)}",
     ]
 
 

@@ -10,4 +10,4 @@ def schema() -> None:
 
     from ftune.recipe.reference import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(json_schema(), indent=2))

@@ -28,13 +28,12 @@ def start(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str], *, p
 
     from ftune.cli import console
     from ftune.machine import probe
-    from ftune.recipe import load
-    from ftune.resolve import findings, raise_errors, resolve
+    from ftune.resolve import examine, raise_errors, resolve
 
     machine = probe()
-    loaded = load(recipe, overrides)
-    problems = findings(loaded, machine)
+    loaded, problems = examine(recipe, overrides, machine)
     raise_errors(problems)
+    assert loaded is not None
     spec = resolve(loaded, machine)
     main_rank = os.environ.get("RANK", "0") == "0"
     if main_rank:

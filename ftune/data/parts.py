@@ -132,9 +132,7 @@ def encoded_rows(part: Part, encoding: Encoding, tally: Tally) -> Iterator[list[
         raise DataError(_nothing_to_learn(part, encoding, tally))
 
 
-def _in_pieces(
-    drafts: list[Rendered], rows: list[Encoded], max_length: int
-) -> tuple[list[Rendered], list[Encoded]]:
+def _in_pieces(drafts: list[Rendered], rows: list[Encoded], max_length: int) -> tuple[list[Rendered], list[Encoded]]:
     """Return plain texts in pieces of at most `max_length`: nothing of a long one is thrown away."""
     pieces = [(draft, piece) for draft, row in zip(drafts, rows, strict=True) for piece in row.pieces(max_length)]
     return [draft for draft, _ in pieces], [piece for _, piece in pieces]

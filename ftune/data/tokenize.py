@@ -36,7 +36,9 @@ class Encoded:
             labels = self.labels[start : start + length].copy()
             labels[:1] = IGNORED
             last = start + length >= len(self.input_ids)
-            yield replace(self, input_ids=self.input_ids[start : start + length], labels=labels, stops=self.stops and last)
+            yield replace(
+                self, input_ids=self.input_ids[start : start + length], labels=labels, stops=self.stops and last
+            )
 
 
 def encode(tokenizer: Any, rows: Sequence[Rendered], *, max_length: int | None) -> list[Encoded]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.options import Flag, Number, Options
+from pydantic import Field
+
+from ftune.options import Flag, Fraction, NotNegative, Number, Options, Positive
 from ftune.plugin import Optimizer
 
 
 class AdafactorOptions(Options):
     """Options of Adafactor."""
 
-    eps: tuple[Number, Number] = (1e-30, 1e-3)
+    eps: tuple[NotNegative, NotNegative] = (1e-30, 1e-3)
     """Added to the squared gradient, and the floor of the weights' own scale."""
-    clip_threshold: Number = 1.0
+    clip_threshold: Positive = 1.0
     """Largest root mean square of one tensor's update; what takes the place of clipping the gradient norm."""
-    decay_rate: Number = -0.8
+    decay_rate: Number = Field(default=-0.8, lt=0)
     """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
-    beta1: Number | None = None
+    beta1: Fraction | None = None
     """Decay of a first moment; null keeps none, otherwise 4 bytes per weight."""
     scale_parameter: Flag = False
     """Multiply the step by the weights' own root mean square."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.options import Integer, Number, Options
+from pydantic import Field
+
+from ftune.options import Fraction, Integer, NotNegative, Options
 from ftune.plugin import Optimizer
 
 
 class AdamW8bitOptions(Options):
     """Options of 8-bit AdamW."""
 
-    betas: tuple[Number, Number] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square."""
-    eps: Number = 1e-8
+    eps: NotNegative = 1e-8
     """Added to the denominator."""
-    min_8bit_size: Integer = 4096
+    min_8bit_size: Integer = Field(default=4096, ge=1)
     """Tensors with fewer elements keep 32-bit states."""
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.options import Number, Options
+from ftune.options import Fraction, NotNegative, Options
 from ftune.plugin import Optimizer
 
 
 class AdamWOptions(Options):
     """Options of AdamW."""
 
-    betas: tuple[Number, Number] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square."""
-    eps: Number = 1e-8
+    eps: NotNegative = 1e-8
     """Added to the denominator."""
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ftune.options import Integer, Number, Options
+from pydantic import Field
+
+from ftune.options import Fraction, Integer, NotNegative, Options
 from ftune.plugin import Optimizer
 
 
 class PagedAdamW8bitOptions(Options):
     """Options of paged 8-bit AdamW."""
 
-    betas: tuple[Number, Number] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square."""
-    eps: Number = 1e-8
+    eps: NotNegative = 1e-8
     """Added to the denominator."""
-    min_8bit_size: Integer = 4096
+    min_8bit_size: Integer = Field(default=4096, ge=1)
     """Tensors with fewer elements keep 32-bit states."""
 
 
@@ -26,15 +28,17 @@ class PagedAdamW8bit(Optimizer):
     state_bytes_per_parameter = 2.03125
     state_bytes_note = "two bytes and 2 x 4 / 256 of block scales; 8 bytes for tensors below min_8bit_size"
     needs = ("bitsandbytes",)
-    device_notes: ClassVar[Mapping[str, str]] = {"cpu": "without a GPU there is nothing to page: its states are those of adamw_8bit"}
+    device_notes: ClassVar[Mapping[str, str]] = {
+        "cpu": "without a GPU there is nothing to page: its states are those of adamw_8bit"
+    }
     Options = PagedAdamW8bitOptions
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
-        from bitsandbytes.optim import PagedAdamW8bit as BitsAndBytesPagedAdamW8bit
+        from bitsandbytes import optim
 
-        return BitsAndBytesPagedAdamW8bit(
-            groups, lr=learning_rate, betas=options.betas, eps=options.eps, min_8bit_size=options.min_8bit_size
-        )
+        # The same mathematics; on a CPU the paged one would warn at every run that it does not page.
+        kind = optim.PagedAdamW8bit if device_type == "cuda" else optim.AdamW8bit
+        return kind(groups, lr=learning_rate, betas=options.betas, eps=options.eps, min_8bit_size=options.min_8bit_size)
 
 
 plugin = PagedAdamW8bit()

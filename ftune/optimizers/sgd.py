@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.options import Flag, Number, Options
+from ftune.options import Flag, Fraction, Options
 from ftune.plugin import Optimizer
 
 
 class SGDOptions(Options):
     """Options of SGD."""
 
-    momentum: Number = 0.0
+    momentum: Fraction = 0.0
     """Weight of the previous direction; above 0 it costs 4 bytes per weight."""
     nesterov: Flag = False
     """Look ahead along the momentum."""
@@ -29,7 +29,22 @@ class SGD(Optimizer):
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
         import torch
 
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=options.momentum, nesterov=options.nesterov)
+        # PyTorch's SGD adds the decay to the gradient, and so to the momentum; here it is decoupled, as in AdamW.
+        apart = [{**group, "weight_decay": 0.0, "decoupled_decay": group.get("weight_decay", 0.0)} for group in groups]
+        optimizer = torch.optim.SGD(apart, lr=learning_rate, momentum=options.momentum, nesterov=options.nesterov)
+        optimizer.register_step_pre_hook(_decay)
+        return optimizer
+
+
+def _decay(optimizer: Any, _arguments: Any, _keywords: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            factor = 1 - group["lr"] * group["decoupled_decay"]
+            for weight in group["params"]:
+                if weight.grad is not None and factor != 1:
+                    weight.mul_(factor)
 
 
 plugin = SGD()

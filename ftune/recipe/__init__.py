@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
 from ftune.options import Options
+from ftune.recipe import mapping
 from ftune.recipe import overrides as overriding
 from ftune.recipe import problems as wording
 from ftune.recipe import source as sources
+from ftune.recipe.schedules import SCHEDULES
 from ftune.recipe.schema import PLUGIN_SECTIONS, SECTIONS, Chosen, Recipe, Training
-from ftune.recipe.source import KeyPath, Source
+from ftune.recipe.source import KeyPath, Source, written
 
-_REQUIRED = {
+_REQUIRED: dict[KeyPath, str] = {
     ("model", "model_name_or_path"): "HuggingFaceTB/SmolLM2-135M-Instruct",
     ("data", "train"): "data/train.jsonl",
     ("training", "output_dir"): "runs/my-run",
+    ("training", "lr_scheduler_kwargs", "num_decay_steps"): "100",
 }
 
 
@@ -42,18 +44,18 @@ class Loaded:
 
 def load(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Loaded:
     """Read a recipe file (or a mapping of the same shape); raises RecipeError with all that is wrong with its shape."""
-    if isinstance(recipe, Mapping):
-        source = _from_mapping(recipe)
-    else:
-        source = sources.read(Path(recipe))
-    source = overriding.apply(source, overrides)
+    return validate(read(recipe, overrides), overrides)
+
+
+def read(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Source:
+    """Return what is written, with `--set` in it; raises RecipeError where that is not readable."""
+    source = mapping.source_of(recipe) if isinstance(recipe, Mapping) else sources.read(Path(recipe))
+    return overriding.apply(source, overrides)
+
+
+def validate(source: Source, overrides: Sequence[str] = ()) -> Loaded:
+    """Return the recipe that a source says; raises RecipeError with all that is wrong with its shape."""
     return Loaded(_validate(source), source, tuple(overrides))
-
-
-def _from_mapping(data: Mapping[str, Any]) -> Source:
-    import yaml
-
-    return sources.parse("recipe", yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, default_flow_style=False))
 
 
 def _validate(source: Source) -> Recipe:
@@ -64,17 +66,21 @@ def _validate(source: Source) -> Recipe:
             reader.problems.append(wording.unknown_section(source, name))
     optimizer = reader.optimizer()
     reader.known_format()
-    if reader.problems:
-        raise RecipeError(*sorted(reader.problems, key=lambda problem: _order(problem, source)))
+    schedule = reader.schedule()
+    problems = [*reader.problems, *source.problems]
+    if problems:
+        raise RecipeError(*sorted(problems, key=lambda problem: order(problem, source)))
+    values["training"] = values["training"].model_copy(update={"lr_scheduler_kwargs": schedule})
     return Recipe(**values, optimizer=optimizer)  # type: ignore[arg-type]
 
 
-def _order(problem: Problem, source: Source) -> tuple[bool, int, int]:
-    """The order of the file, then the arguments of --set."""
+def order(problem: Problem, source: Source) -> tuple[bool, str, int, int]:
+    """Return the key that sorts problems: the order of the file, then that of the arguments of --set."""
     place = problem.where
     if place is None:
-        return (True, 0, 0)
-    return (place.file != source.file, place.line or 0, place.column or 0)
+        return (True, "", 0, 0)
+    elsewhere = place.file != source.file
+    return (elsewhere, place.file if elsewhere else "", place.line or 0, place.column or 0)
 
 
 class _Validator:
@@ -95,6 +101,9 @@ class _Validator:
         if name in PLUGIN_SECTIONS:
             package, default = PLUGIN_SECTIONS[name]
             options = {key: value for key, value in given.items() if key != "method"}
+            if "method" in given and given["method"] is None:
+                self.problems.append(wording.empty_value(self.source, (name, "method"), f"`{default}`"))
+                return None
             return self.chosen(package, given.get("method", default), options, (name,))
         return self.model(SECTIONS[name], given, (name,), name)
 
@@ -108,10 +117,10 @@ class _Validator:
         return None if validated is None else Chosen(method, validated)
 
     def _unknown_method(self, package: str, method: Any, path: KeyPath, known: tuple[str, ...]) -> Problem:
-        near = difflib.get_close_matches(str(method), known, n=1)
+        near = wording.nearest(method, known) if isinstance(method, str) else []
         return Problem(
             "unknown-method",
-            f"there is no {path[-2] if path[-1] == 'method' else path[-1]} `{method}`",
+            f"there is no {path[-2] if path[-1] == 'method' else path[-1]} {wording.shown(method)}",
             self.source.value(path),
             f"did you mean `{near[0]}`?" if near else "",
             fix="known: " + ", ".join(known),
@@ -124,14 +133,27 @@ class _Validator:
             return None
         method = training.get("optim", Training.model_fields["optim"].default)
         options = training.get("optim_args")
+        if not isinstance(method, str):
+            return None
         return self.chosen(
             plugin.OPTIMIZERS, method, options if isinstance(options, dict) else {}, ("training", "optim_args")
         )
 
+    def schedule(self) -> dict[str, Any]:
+        """Read `lr_scheduler_kwargs` as the options of the schedule; only those that are given are handed on."""
+        training = self.source.data.get("training")
+        given = training.get("lr_scheduler_kwargs") if isinstance(training, dict) else None
+        name = training.get("lr_scheduler_type", "linear") if isinstance(training, dict) else None
+        model = SCHEDULES.get(name) if isinstance(name, str) else None
+        if model is None or not isinstance(given, dict | None):
+            return {}
+        validated = self.model(model, given or {}, ("training", "lr_scheduler_kwargs"), str(name))
+        return {} if validated is None else dict(validated.model_dump(exclude_unset=True))
+
     def known_format(self) -> None:
         data = self.source.data.get("data")
         name = data.get("format", "auto") if isinstance(data, dict) else "auto"
-        if name != "auto" and name not in plugin.names(plugin.FORMATS):
+        if isinstance(name, str) and name != "auto" and name not in plugin.names(plugin.FORMATS):
             known = ("auto", *plugin.names(plugin.FORMATS))
             self.problems.append(self._unknown_method(plugin.FORMATS, name, ("data", "format"), known))
 
@@ -139,9 +161,13 @@ class _Validator:
         assert model is not None
         before = len(self.problems)
         known = {key: value for key, value in given.items() if key in model.model_fields}
-        for key in given:
+        for key, value in given.items():
             if key not in known:
                 self.problems.append(wording.unknown_key(self.source, (*path, key), model.model_fields, owner))
+            elif value is None and (default := _default_for_null(model, key)) is not ...:
+                del known[key]
+                if default != {}:
+                    self.problems.append(wording.empty_value(self.source, (*path, key), default))
         try:
             validated = model(**known)
         except ValidationError as error:
@@ -153,19 +179,38 @@ class _Validator:
         branches: dict[KeyPath, list[dict[str, Any]]] = {}
         for item in error.errors(include_url=False):
             key = self._shown_path(path, item["loc"])
-            if item["type"] == "missing":
-                example = _REQUIRED.get((str(key[0]), str(key[-1])), "...")
-                self.problems.append(wording.missing_key(self.source, str(key[0]), str(key[-1]), example))
+            if item["type"] == "missing" and len(item["loc"]) == 1:
+                if not self._is_empty(key):
+                    self.problems.append(wording.missing_key(self.source, key, _REQUIRED.get(key, "...")))
             else:
                 branches.setdefault(key, []).append(dict(item))
         for key, items in branches.items():
-            self.problems.append(wording.bad_value(self.source, key, items))
+            # A list with one bad item is also "not text": only the item is worth telling.
+            if not any(other != key and other[: len(key)] == key for other in branches):
+                self.problems.append(wording.bad_value(self.source, key, items))
+
+    def _is_empty(self, path: KeyPath) -> bool:
+        """Return whether a key is there without a value, which has been told already."""
+        return path in self.source.marks
 
     def _shown_path(self, path: KeyPath, location: tuple[str | int, ...]) -> KeyPath:
         """Cut what pydantic appends for a branch of a union: keep what stands in the recipe."""
         full: KeyPath = (*path, location[0])
         for part in location[1:]:
-            if (*full, part) not in self.source.marks:
-                break
-            full = (*full, part)
+            if (*full, part) in self.source.marks:
+                full = (*full, part)
         return full
+
+
+def _default_for_null(model: type[Options], key: str) -> Any:
+    """Return the default of a key for which null means nothing; `...` where null is one of its values.
+
+    An empty mapping is what its heading alone says, with every line below it commented out.
+    """
+    field = model.model_fields[key]
+    if type(None) in get_args(field.annotation):
+        return ...
+    if field.is_required():
+        return ""
+    default = field.get_default(call_default_factory=True)
+    return default if default == {} else f"`{written(default)}`"

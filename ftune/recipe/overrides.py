@@ -4,52 +4,44 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from ftune.errors import Place, Problem, RecipeError
 from ftune.recipe import source as sources
-from ftune.recipe.source import Mark, Source
+from ftune.recipe.source import KeyPath, Mark, Source
 
 _FORM = "write it as --set training.learning_rate=1e-4"
 
 
+@dataclass(frozen=True)
+class _Argument:
+    """One `--set`, read."""
+
+    parts: tuple[str, ...]
+    value: Any
+    mark: Mark
+
+
 def apply(source: Source, overrides: Sequence[str]) -> Source:
-    """Return the source with every override in it; raises RecipeError for arguments that cannot be read."""
+    """Return the source with every override in it; its `problems` tell of arguments that cannot be read."""
     if not overrides:
         return source
     data = copy.deepcopy(source.data)
     marks = dict(source.marks)
     problems: list[Problem] = []
-    keys = []
-    for number, argument in enumerate(overrides, start=1):
-        file = f"--set #{number}"
-        path, equals, text = argument.partition("=")
-        parts = tuple(part.strip() for part in path.split("."))
-        if not equals or len(parts) < 2 or not all(parts):
-            place = Place(file, text=argument, column=1, length=max(1, len(path)))
-            problems.append(Problem("override", f"`{argument}` is not section.key=value", place, fix=_FORM))
+    given: list[str] = []
+    for number, text in enumerate(overrides, start=1):
+        argument = _read(number, text)
+        problem = argument if isinstance(argument, Problem) else _put(data, argument)
+        if isinstance(problem, Problem):
+            problems.append(problem)
             continue
-        key_place = Place(file, text=argument, column=1, length=len(path))
-        value_place = Place(file, text=argument, column=len(path) + 2, length=max(1, len(text)))
-        try:
-            value = sources.parse(file, "value: " + text).data["value"]
-        except RecipeError as error:
-            problems.append(Problem("override", error.problems[0].what, value_place, fix="quote the value"))
-            continue
-        target = data
-        for part in parts[:-1]:
-            if not isinstance(target.get(part), dict):
-                target[part] = {}
-            target = target[part]
-        target[parts[-1]] = value
-        for path_in in [known for known in marks if known[: len(parts)] == parts]:
-            del marks[path_in]
-        marks[parts] = Mark(key_place, value_place)
-        if isinstance(value, list):
-            marks.update({(*parts, index): Mark(value_place, value_place) for index in range(len(value))})
-        keys.append(".".join(parts))
-    if problems:
-        raise RecipeError(*problems)
-    return Source(source.file, source.text, data, marks, frozenset(keys))
+        assert isinstance(argument, _Argument)
+        marks = {path: mark for path, mark in marks.items() if path[: len(argument.parts)] != argument.parts}
+        marks |= _marks(argument)
+        given.append(".".join(argument.parts))
+    return Source(source.file, source.text, data, marks, frozenset(given), (*source.problems, *problems))
 
 
 def as_yaml(overrides: Sequence[str]) -> str:
@@ -57,3 +49,50 @@ def as_yaml(overrides: Sequence[str]) -> str:
     import json
 
     return "".join(f"- {json.dumps(argument, ensure_ascii=False)}\n" for argument in overrides)
+
+
+def _read(number: int, text: str) -> _Argument | Problem:
+    path, equals, written = text.partition("=")
+    key = Place(f"--set #{number}", None, 1, text, max(1, len(path)))
+    parts = tuple(part.strip() for part in path.split("."))
+    if not equals or len(parts) < 2 or not all(parts):
+        return Problem("override", f"`{text}` is not section.key=value", key, fix=_FORM)
+    place = Place(key.file, None, len(path) + 2, text, max(1, len(written)))
+    try:
+        value = sources.parse(key.file, "value: " + written).data["value"]
+    except RecipeError as error:
+        why = error.problems[0].what
+        fix = f"quote the value: --set '{path}=\"...\"'"
+        return Problem("override", f"the value of `{path}` cannot be read", place, why=why, fix=fix)
+    return _Argument(parts, value, Mark(key, place))
+
+
+def _put(data: dict[str, Any], argument: _Argument) -> Problem | None:
+    """Write a value into the data, making the mappings on the way to it."""
+    target = data
+    for depth, part in enumerate(argument.parts[:-1], start=1):
+        if target.get(part) is None:
+            target[part] = {}
+        if not isinstance(target[part], dict):
+            above = ".".join(argument.parts[:depth])
+            fix = f"set all of it: --set '{above}=...'"
+            return Problem("override", f"`{above}` is a value: it has no keys below it", argument.mark.key, fix=fix)
+        target = target[part]
+    target[argument.parts[-1]] = argument.value
+    return None
+
+
+def _marks(argument: _Argument) -> dict[KeyPath, Mark]:
+    """Return the argument's place for its key and for everything in its value."""
+    found: dict[KeyPath, Mark] = {argument.parts: argument.mark}
+    value_mark = Mark(argument.mark.value, argument.mark.value)
+
+    def inside(path: KeyPath, value: Any) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            here = (*path, key)
+            found[here] = value_mark
+            inside(here, item)
+
+    inside(argument.parts, argument.value)
+    return found

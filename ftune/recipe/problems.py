@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ftune import plugin
 from ftune.errors import Problem
+from ftune.options import Options
+from ftune.recipe.schedules import SCHEDULES
 from ftune.recipe.schema import PLUGIN_SECTIONS, SECTIONS
-from ftune.recipe.source import KeyPath, Source
+from ftune.recipe.source import KeyPath, Source, written
 
 RENAMED = {
     "warmup_ratio": "`warmup_ratio` is now `warmup_steps` with a fraction: warmup_steps: 0.03",
@@ -47,15 +51,16 @@ RENAMED = {
     "overwrite_output_dir": "ftune never overwrites a run: choose a new `output_dir`, or `ftune resume` the old one",
     "no_cuda": "ftune uses the GPU when there is one; hide it with CUDA_VISIBLE_DEVICES=",
     "use_cpu": "ftune uses the GPU when there is one; hide it with CUDA_VISIBLE_DEVICES=",
-    "deepspeed": "this is `distributed: {zero_stage: …}`",
+    "deepspeed": "this is `distributed: {zero_stage: 2}`",
     "fsdp": "this is `distributed: {engine: fsdp}`",
     "adam_beta1": "this is `optim_args: {betas: [0.9, 0.999]}`",
     "adam_beta2": "this is `optim_args: {betas: [0.9, 0.999]}`",
     "adam_epsilon": "this is `optim_args: {eps: 1e-8}`",
-    "load_in_4bit": "this is `tuning: {method: qlora}`",
-    "load_in_8bit": "this is `tuning: {method: qlora}`",
+    "load_in_4bit": "this version holds no base weights in 4 or 8 bits; `model.dtype: bfloat16` halves them",
+    "load_in_8bit": "this version holds no base weights in 4 or 8 bits; `model.dtype: bfloat16` halves them",
     "do_train": "remove it: `ftune train` trains",
     "do_eval": "remove it: rows in `data.eval` are evaluated",
+    "<<": "YAML 1.2 has no merge keys: write the keys out, or put an alias (`*name`) after one key",
     "group_by_length": "length grouping is not offered; `data.packing: true` avoids padding",
 }
 """Keys of Hugging Face and its neighbours that go by another name here."""
@@ -63,62 +68,111 @@ RENAMED = {
 _ARTICLES = {"list": "a list", "dict": "a mapping", "str": "text", "bool": "a truth value", "NoneType": "nothing"}
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """Keys that stand together: a section's, or those of one method in it."""
+
+    place: str
+    """What they stand below: `training`, `tuning`, `training.optim_args`."""
+    method: str | None
+    keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"`{self.place}`" if self.method is None else f"`{self.place}` (of {self.method})"
+
+
+@cache
+def _owners() -> tuple[_Owner, ...]:
+    found = [_Owner(name, None, tuple(model.model_fields)) for name, model in SECTIONS.items() if model is not None]
+    for section, (package, _) in PLUGIN_SECTIONS.items():
+        found += [_owner(section, name, plugin.get(package, name).Options) for name in plugin.names(package)]
+    found += [
+        _owner("training.optim_args", name, plugin.optimizer(name).Options) for name in plugin.names(plugin.OPTIMIZERS)
+    ]
+    return (*found, *(_owner("training.lr_scheduler_kwargs", name, model) for name, model in SCHEDULES.items()))
+
+
+def _owner(place: str, method: str, model: type[Options]) -> _Owner:
+    return _Owner(place, method, tuple(model.model_fields))
+
+
 def unknown_section(source: Source, name: str) -> Problem:
     """Return the problem of a top-level key that is no section."""
-    owners = owners_of(name)
-    near = difflib.get_close_matches(name, SECTIONS, n=1)
-    if owners:
-        label = f"`{name}` is a key of `{owners[0]}`"
-        fix = f"put it below `{owners[0]}:`"
+    word = _visible(name)
+    holders = [owner for owner in _owners() if name in owner.keys]
+    near = nearest(word, SECTIONS)
+    fix = "the sections are " + ", ".join(SECTIONS)
+    if holders:
+        label = f"`{word}` is a key of {holders[0]}"
+        fix = f"put it below `{holders[0].place}:`"
     elif name in RENAMED:
-        label, fix = RENAMED[name], "see `ftune explain` for the sections and their keys"
+        label = RENAMED[name]
     else:
-        label = f"did you mean `{near[0]}`?" if near else ""
-        fix = "the sections are " + ", ".join(SECTIONS)
-    return Problem("unknown-key", f"unknown section `{name}`", source.key((name,)), label, fix=fix)
+        guess = near[0] if near else _near_elsewhere(word, "")
+        label = f"did you mean `{guess}`?" if guess else ""
+    return Problem("unknown-key", f"unknown section `{word}`", source.key((name,)), label, fix=fix)
 
 
 def unknown_key(source: Source, path: KeyPath, known: Iterable[str], owner: str) -> Problem:
     """Return the problem of a key that its section (or plugin, named by `owner`) does not have."""
-    name = str(path[-1])
-    section = str(path[0])
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    elsewhere = [found for found in owners_of(name) if found != section]
+    word = _visible(str(path[-1]))
+    place = ".".join(str(part) for part in path[:-1])
+    label, fix = _advice(str(path[-1]), word, place, list(known), owner)
+    where = f"`{owner}`" if owner == place else f"`{owner}` ({place})"
+    return Problem("unknown-key", f"unknown key `{word}` in {where}", source.key(path), label, fix=fix)
+
+
+def _advice(name: str, word: str, place: str, known: list[str], owner: str) -> tuple[str, str]:
+    """Return what the key was probably meant to be, and what to do."""
     fix = f"`ftune explain {owner}` lists every key and its default"
-    if near and _similar(name, near[0]) > 0.84:
-        label = f"did you mean `{near[0]}`?"
-    elif name in RENAMED:
-        label = RENAMED[name]
-    elif elsewhere:
-        label = f"`{name}` is a key of `{elsewhere[0]}`; this is `{section}`"
-        fix = f"move it below `{elsewhere[0].split()[0]}:`"
-    elif near:
-        label = f"did you mean `{near[0]}`?"
-    else:
-        other = _other_section_near(name, section)
-        label = f"did you mean `{other}`?" if other else ""
-        if not known:
-            fix = f"`{owner}` has no options"
-    where = f"`{owner}`" if owner == section else f"`{owner}` ({section})"
-    return Problem("unknown-key", f"unknown key `{name}` in {where}", source.key(path), label, fix=fix)
+    if name in RENAMED:
+        return RENAMED[name], fix
+    near = nearest(word, known)
+    if near and difflib.SequenceMatcher(None, word, near[0]).ratio() > 0.84:
+        return f"did you mean `{near[0]}`?", fix
+    holders = [found for found in _owners() if name in found.keys]
+    siblings = [str(found.method) for found in holders if found.place == place]
+    if siblings:
+        has = f"{owner} has: {', '.join(known)}" if known else f"{owner} has no options"
+        return f"`{word}` belongs to {', '.join(siblings)}; {has}", f"remove it, or choose {' or '.join(siblings)}"
+    if holders:
+        return f"`{word}` is a key of {holders[0]}; this is `{place}`", f"move it below `{holders[0].place}:`"
+    guess = near[0] if near else _near_elsewhere(word, place)
+    if not known:
+        fix = f"`{owner}` has no options"
+    return f"did you mean `{guess}`?" if guess else "", fix
 
 
-def missing_key(source: Source, section: str, key: str, example: str) -> Problem:
+def _near_elsewhere(word: str, place: str) -> str:
+    for owner in _owners():
+        near = difflib.get_close_matches(word[:80], owner.keys, n=1, cutoff=0.8)
+        if near and owner.place != place:
+            return f"{owner.place}.{near[0]}"
+    return ""
+
+
+def missing_key(source: Source, path: KeyPath, example: str) -> Problem:
     """Return the problem of a required key that is not there."""
+    *above, key = (str(part) for part in path)
+    place = source.key(path[:-1])
     return Problem(
         "missing-key",
-        f"`{section}.{key}` is missing",
-        source.key((section,)),
-        f"needs `{key}`" if section in source.data else "",
-        fix=f"add `{key}: {example}` below `{section}:`",
+        f"`{'.'.join(above)}.{key}` is missing",
+        place,
+        f"needs `{key}`" if place.text else "",
+        fix=f"add `{key}: {example}` below `{above[-1]}:`",
     )
+
+
+def empty_value(source: Source, path: KeyPath, default: str) -> Problem:
+    """Return the problem of a key with nothing behind it, for which nothing is no value."""
+    fix = f"write a value, or remove the key to get the default, {default}" if default else "write a value"
+    return Problem("bad-value", f"`{_dotted(path)}` has no value", source.value(path), "nothing stands here", fix=fix)
 
 
 def bad_value(source: Source, path: KeyPath, errors: list[dict[str, Any]]) -> Problem:
     """Return the problem of a value that pydantic refused, one error for each type it could have been."""
     value = errors[0].get("input")
-    name = ".".join(str(part) for part in path)
     expectations = [_expectation(error, value) for error in errors]
     bounds = [text for text, _ in expectations if text.startswith("must be")]
     expected = bounds[0] if bounds else " or ".join(dict.fromkeys(text for text, _ in expectations))
@@ -126,46 +180,37 @@ def bad_value(source: Source, path: KeyPath, errors: list[dict[str, Any]]) -> Pr
     label = next((guess for _, guess in expectations if guess), "")
     return Problem(
         "bad-value",
-        f"`{name}` cannot be {_shown(value)}",
+        f"`{_dotted(path)}` cannot be {shown(value)}",
         source.value(path),
         label or expected,
         why=expected if label else "",
-        fix=f"`ftune explain {path[-1] if isinstance(path[-1], str) else path[-2]}` says what it takes",
+        fix=f"`ftune explain {next(part for part in reversed(path) if isinstance(part, str))}` says what it takes",
     )
 
 
-def owners_of(key: str) -> list[str]:
-    """Return the sections that have this key (`tuning` with its method where it is a plugin's)."""
-    found = [name for name, model in SECTIONS.items() if model is not None and key in model.model_fields]
-    for section, (package, _) in PLUGIN_SECTIONS.items():
-        methods = [name for name in plugin.names(package) if key in plugin.get(package, name).Options.model_fields]
-        if methods:
-            found.append(f"{section} (method: {methods[0]})")
-    holders = [name for name in plugin.names("optimizers") if key in plugin.optimizer(name).Options.model_fields]
-    if holders:
-        found.append(f"training.optim_args (of {', '.join(holders[:3])})")
-    return found
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Return the one nearest known word, if any is near; long words are no misspellings, and slow to compare."""
+    return difflib.get_close_matches(word[:80], list(known), n=1)
 
 
-def _other_section_near(name: str, section: str) -> str:
-    for other, model in SECTIONS.items():
-        near = difflib.get_close_matches(name, model.model_fields if model else (), n=1, cutoff=0.8)
-        if near and other != section:
-            return f"{other}.{near[0]}"
-    return ""
+def _dotted(path: KeyPath) -> str:
+    return _visible(".".join(str(part) for part in path))
 
 
-def _similar(first: str, second: str) -> float:
-    return difflib.SequenceMatcher(None, first, second).ratio()
+def _visible(text: str) -> str:
+    """Return text that is fit for one line of a terminal."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return plain if len(plain) <= 60 else plain[:57] + "..."
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
+def shown(value: Any) -> str:
+    """Return a value as a message quotes it."""
+    if value is True or value is False:
         return f"`{str(value).lower()}`"
     if isinstance(value, (int, float)):
-        return f"`{value}`"
+        return f"`{_visible(str(value))}`"
     if isinstance(value, str):
-        return f'the text "{value if len(value) <= 60 else value[:57] + "..."}"'
+        return f'the text "{_visible(value)}"'
     return _ARTICLES.get(type(value).__name__, type(value).__name__)
 
 
@@ -176,7 +221,11 @@ def _expectation(error: dict[str, Any], value: Any) -> tuple[str, str]:
         choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         near = difflib.get_close_matches(str(value), choices, n=1)
         return "one of " + ", ".join(choices), f"did you mean `{near[0]}`?" if near else ""
-    if kind.startswith("flag") and isinstance(value, str) and value.lower() in {"yes", "on", "no", "off", "y", "n"}:
+    if (
+        "true or false" in str(error["msg"])
+        and isinstance(value, str)
+        and value.lower() in {"yes", "on", "no", "off", "y", "n"}
+    ):
         meant = "true" if value.lower() in {"yes", "on", "y"} else "false"
         return str(error["msg"]), f"write `{meant}`: in YAML 1.2 `{value}` is text"
     bounds = {
@@ -188,5 +237,18 @@ def _expectation(error: dict[str, Any], value: Any) -> tuple[str, str]:
     if kind in bounds:
         key, words = bounds[kind]
         return "must be " + words.format(context[key]), ""
-    types = {"string_type": "expected text", "dict_type": "expected a mapping", "list_type": "expected a list", "bool_type": "expected true or false"}
-    return types.get(kind, str(error["msg"])), ""
+    if kind == "text" and isinstance(value, (int, float)):
+        return str(error["msg"]), f'write it in quotes to make it text: "{written(value)}"'
+    return _TYPES.get(kind, str(error["msg"])), ""
+
+
+_TYPES = {
+    "string_type": "expected text",
+    "dict_type": "expected a mapping",
+    "list_type": "expected a list",
+    "tuple_type": "expected a list",
+    "bool_type": "expected true or false",
+    "missing": "has too few items",
+    "too_long": "has too many items",
+    "too_short": "must have at least one item",
+}

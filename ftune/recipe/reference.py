@@ -7,11 +7,14 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from ftune import plugin
 from ftune.options import Options
+from ftune.recipe.schedules import SCHEDULES
 from ftune.recipe.schema import PLUGIN_SECTIONS, SECTIONS
+from ftune.recipe.source import written
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def field_texts(model: type[Options]) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(model))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     texts = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             value = following.value if isinstance(following, ast.Expr) else None
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
@@ -45,7 +48,7 @@ def keys_of(owner: str, model: type[Options]) -> Iterator[Key]:
     schema = model.model_json_schema()["properties"] if model.model_fields else {}
     texts = field_texts(model)
     for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else _written(field.get_default(call_default_factory=True))
+        default = "required" if field.is_required() else written(field.get_default(call_default_factory=True))
         yield Key(owner, name, _kind(schema[name]), default, texts.get(name, ""))
 
 
@@ -58,12 +61,30 @@ def all_keys() -> list[Key]:
             continue
         package, default = PLUGIN_SECTIONS[section]
         choices = " | ".join(plugin.names(package))
-        found.append(Key(section, "method", choices, default, f"Which {section}; the other keys are that method's own."))
+        found.append(
+            Key(section, "method", choices, default, f"Which {section}; the other keys are that method's own.")
+        )
         for name in plugin.names(package):
             found += keys_of(f"{section} ({name})", plugin.get(package, name).Options)
     for name in plugin.names(plugin.OPTIMIZERS):
         found += keys_of(f"training.optim_args ({name})", plugin.optimizer(name).Options)
+    for name, model in SCHEDULES.items():
+        found += keys_of(f"training.lr_scheduler_kwargs ({name})", model)
     return found
+
+
+def key_table(owner: str) -> str:
+    """Return the keys of one owner as a Markdown table, for the documentation."""
+    rows = [key for key in all_keys() if key.owner == owner]
+    if not rows:
+        return "No keys of its own."
+    cells = [(f"`{key.name}`", _cell(key.kind), f"`{key.default}`", _cell(key.text)) for key in rows]
+    lines = ["| key | takes | default | |", "|---|---|---|---|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def json_schema() -> dict[str, Any]:
@@ -113,18 +134,8 @@ def _kind(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     words = {"string": "text", "integer": "whole number", "boolean": "true | false", "object": "mapping"}
-    kind = schema.get("type", "anything")
+    kind = str(schema.get("type", "anything"))
     if kind == "array":
         inner = schema.get("items") or {}
         return f"list of {_kind(inner)}" if inner else "list"
     return words.get(kind, kind)
-
-
-def _written(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_written(part) for part in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ as `training.optim_args` belongs to the optimizer's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,21 +18,29 @@ from ftune.options import (
     FlagOrAuto,
     Fraction,
     Integer,
-    IntegerOrAuto,
-    Number,
+    NotNegative,
     NumberOrAuto,
     Options,
+    Positive,
+    Text,
 )
+
+Share = Annotated[Fraction, Field(gt=0)]
+"""A part of the rows: neither none nor all of them."""
+
+Tracker = Literal[
+    "none", "clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
 
 
 class Model(Options):
     """What to start from."""
 
-    model_name_or_path: str
+    model_name_or_path: Text
     """A hub name, a directory, or `package:NAME` for weights that an installed Python package ships."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a hub model."""
-    gguf_file: str | None = None
+    gguf_file: Text | None = None
     """A GGUF file inside the model's directory: dequantised once to safetensors, cached, and trained like any model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the weights are held in while training; `bfloat16` with full tuning is pure bf16."""
@@ -45,19 +53,19 @@ class Model(Options):
 class Data(Options):
     """What it learns from."""
 
-    train: str | list[str]
-    """File(s), a directory, or a hub name. Relative paths count from where you are, then from the recipe's own folder."""
-    eval: str | list[str] | Fraction | None = None
+    train: Text | Annotated[list[Text], Field(min_length=1)]
+    """File(s), a directory, or a hub name. Relative paths count from here, then from the recipe's folder."""
+    eval: Text | Annotated[list[Text], Field(min_length=1)] | Share | None = None
     """The same, or a fraction of the training rows to hold out, such as 0.05."""
-    train_split: str = "train"
+    train_split: Text = "train"
     """Which split of a hub data set to train on."""
-    eval_split: str = "validation"
+    eval_split: Text = "validation"
     """Which split of a hub data set to evaluate on."""
     max_train_samples: Integer | None = Field(default=None, ge=1)
     """At most so many training rows, the first ones."""
     max_eval_samples: Integer | None = Field(default=None, ge=1)
     """At most so many evaluation rows, the first ones."""
-    format: str = "auto"
+    format: Text = "auto"
     """How a row is written; `auto` looks at the first row's keys."""
     max_length: Integer = Field(default=2048, ge=2)
     """Longest row in tokens. Longer ones are cut at the end, and counted; plain text goes on in a further row."""
@@ -67,7 +75,7 @@ class Data(Options):
     """Learn only what the assistant says; false learns every token of a conversation."""
     completion_only_loss: Flag = True
     """Learn only the completion of a prompt; false learns the prompt too."""
-    chat_template: str | None = None
+    chat_template: Text | None = None
     """A Jinja file to use instead of the model's own chat template; it is saved with the result."""
     streaming: Flag = False
     """Read rows while training instead of tokenising them first; needs `training.max_steps`."""
@@ -78,9 +86,9 @@ class Data(Options):
 class Training(Options):
     """How each step is made."""
 
-    output_dir: str
+    output_dir: Text
     """The run directory; it must be new, or hold this very run."""
-    num_train_epochs: Number = Field(default=3.0, gt=0)
+    num_train_epochs: Positive = 3.0
     """How often every row is seen."""
     max_steps: Integer = Field(default=-1, ge=-1)
     """Number of optimizer steps; above 0 it replaces `num_train_epochs`."""
@@ -89,7 +97,7 @@ class Training(Options):
     per_device_eval_batch_size: Integer = Field(default=8, ge=1)
     """Rows per device in one evaluation pass."""
     gradient_accumulation_steps: Integer = Field(default=1, ge=1)
-    """Passes whose gradients are added up before one step; equal to one large batch, also when rows differ in length."""
+    """Passes whose gradients are added up before one step: the same as one large batch, whatever the rows' lengths."""
     gradient_checkpointing: Flag = False
     """Keep only layer inputs in memory and compute the rest again in backward: about a third more time."""
     bf16: FlagOrAuto = "auto"
@@ -98,13 +106,13 @@ class Training(Options):
     """Compute in float16 by autocast with a loss scaler; GPU only."""
     tf32: FlagOrAuto = "auto"
     """Let float32 matrix products run in TF32 (Ampere and newer GPUs)."""
-    optim: str = "adamw_torch"
+    optim: Text = "adamw_torch"
     """The optimizer, by Hugging Face's name."""
     optim_args: dict[str, Any] = Field(default_factory=dict)
     """That optimizer's own options; `ftune explain OPTIM` lists them."""
     learning_rate: NumberOrAuto = "auto"
     """Peak learning rate; `auto` takes the customary one for this optimizer and tuning."""
-    weight_decay: Number = Field(default=0.0, ge=0)
+    weight_decay: NotNegative = 0.0
     """Decay of weight matrices; biases and norms are left out, as usual."""
     max_grad_norm: NumberOrAuto = "auto"
     """Clip the global gradient norm to this; 0 turns clipping off."""
@@ -121,12 +129,12 @@ class Training(Options):
     ] = "linear"
     """How the learning rate goes from its peak to its end."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Options of that schedule, such as `min_lr` or `num_cycles`."""
-    warmup_steps: Number = Field(default=0.0, ge=0)
+    """That schedule's own options, such as `num_cycles`; `ftune explain cosine` lists those of cosine."""
+    warmup_steps: NotNegative = 0.0
     """Steps over which the learning rate rises; below 1 a fraction of all steps."""
     label_smoothing_factor: Fraction = 0.0
     """How much of the target probability is spread over the whole vocabulary."""
-    neftune_noise_alpha: Number | None = None
+    neftune_noise_alpha: Positive | None = None
     """Strength of the uniform noise added to the embeddings while training (NEFTune)."""
     torch_compile: Flag = False
     """Compile the model with torch.compile: slower to start, often faster after."""
@@ -136,17 +144,17 @@ class Training(Options):
     """Prepare batches in page-locked memory, so that they copy to a GPU in the background."""
     dataloader_prefetch_factor: Integer | None = Field(default=None, ge=1)
     """Batches each worker prepares ahead."""
-    seed: Integer = 42
+    seed: Integer = Field(default=42, ge=0, lt=2**32)
     """Starts every random choice: the same seed gives the same run, digit for digit on a CPU."""
     logging_steps: Integer = Field(default=10, ge=1)
     """Steps between two lines of metrics."""
     eval_strategy: Literal["auto", "no", "steps", "epoch"] = "auto"
-    """When to evaluate; `auto` is every epoch when there is evaluation data. There is always one before and one after."""
-    eval_steps: Number | None = Field(default=None, gt=0)
+    """When to evaluate; `auto` is every epoch when there are evaluation rows. One comes before and one after anyway."""
+    eval_steps: Positive | None = None
     """Steps between evaluations; below 1 a fraction of all steps."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When to write a checkpoint from which the run can go on."""
-    save_steps: Number = Field(default=500, gt=0)
+    save_steps: Positive = 500
     """Steps between checkpoints; below 1 a fraction of all steps."""
     save_total_limit: Integer | None = Field(default=2, ge=1)
     """How many checkpoints are kept; the best one is kept besides. null keeps all."""
@@ -154,15 +162,15 @@ class Training(Options):
     """End with the weights of the lowest evaluation loss instead of the last ones."""
     early_stopping_patience: Integer | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a lower loss."""
-    early_stopping_threshold: Number = Field(default=0.0, ge=0)
+    early_stopping_threshold: NotNegative = 0.0
     """How much lower counts as lower."""
-    sample_prompts: list[str] | Literal["auto"] = "auto"
-    """Prompts the model answers before, during and after; `auto` takes the first three of the evaluation rows, [] none."""
+    sample_prompts: list[str] | None = None
+    """Prompts the model answers before, during and after; null takes three of the evaluation rows, [] none."""
     sample_max_new_tokens: Integer = Field(default=64, ge=1)
     """Longest such answer in tokens."""
-    report_to: str | list[str] = "none"
+    report_to: Tracker | list[Tracker] = "none"
     """Trackers besides the run directory, such as tensorboard or wandb."""
-    run_name: str | None = None
+    run_name: Text | None = None
     """What a tracker calls the run."""
 
 

@@ -23,6 +23,12 @@ _FALSE = {"false", "False", "FALSE"}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+_LINE_END = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
+"""As PyYAML counts lines."""
+_LONGEST_INTEGER = 400
+"""Digits; Python refuses to read more than some thousand, and no key takes more than 19."""
+_DEEPEST, _LARGEST = 20, 100_000
+"""Levels and nodes of a recipe: aliases of aliases can make a few lines into more than a memory holds."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Source:
     marks: dict[KeyPath, Mark] = field(default_factory=dict)
     overridden: frozenset[str] = frozenset()
     """Dotted keys that `--set` gave."""
+    problems: tuple[Problem, ...] = ()
+    """What is wrong with the arguments of `--set`: told together with the rest."""
 
     def key(self, path: KeyPath) -> Place:
         """Return the place of a key, or of the nearest section around it."""
@@ -62,25 +70,27 @@ def scalar(text: str) -> Any:
         return None
     if text in _TRUE or text in _FALSE:
         return text in _TRUE
-    if _INTEGER.fullmatch(text):
+    if _INTEGER.fullmatch(text) and len(text) <= _LONGEST_INTEGER:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
     return float(_SPECIAL[text.lower()]) if text.lower() in _SPECIAL else text
 
 
-def parse(file: str, text: str, *, first_line: int = 1, shown: str | None = None) -> Source:
+def parse(file: str, text: str) -> Source:
     """Read YAML text; raises RecipeError with the place of what cannot be read."""
-    reader = _Reader(file, (shown or text).splitlines(), first_line)
+    reader = _Reader(file, text)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         raise RecipeError(reader.syntax_problem(error)) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(Problem("yaml", "this is not readable text", Place(file), why=str(error))) from None
+    except yaml.reader.ReaderError as error:
+        raise RecipeError(_unreadable_letter(file, text, error)) from None
+    except RecursionError:
+        raise RecipeError(Problem("yaml", "this is nested too deeply for a recipe", Place(file))) from None
     data = {} if node is None else reader.build(node, ())
     if not reader.problems and not isinstance(data, dict):
-        reader.refuse("yaml", "a recipe is a set of sections, not a " + _kind(data), node, fix=_SHAPE_FIX)
+        reader.refuse("a recipe is a set of sections, not " + _kind(data), node, fix=_SHAPE_FIX)
     if reader.problems:
         raise RecipeError(*reader.problems)
     return Source(file, text, data, reader.marks)
@@ -89,16 +99,56 @@ def parse(file: str, text: str, *, first_line: int = 1, shown: str | None = None
 def read(path: Path) -> Source:
     """Read a recipe file; raises RecipeError where there is none or it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        # Bytes, because text mode would turn Windows line ends into others, and a run keeps its recipe as it was.
+        raw = path.read_bytes()
     except FileNotFoundError:
         near = _near_files(path)
         fix = f"did you mean {near}?" if near else "`ftune init` writes one to start from"
         raise RecipeError(Problem("recipe-file", f"there is no file {path}", fix=fix)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(Problem("recipe-file", f"cannot read {path}", why=str(error))) from None
+    except IsADirectoryError:
+        raise RecipeError(_directory_problem(path)) from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RecipeError(Problem("recipe-file", f"cannot read {path}", why=why)) from None
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = Place(str(path), raw.count(b"\n", 0, error.start) + 1)
+        what = f"{path} is not UTF-8 text"
+        why = f"byte {error.start + 1} of the file is {raw[error.start]:#04x}"
+        raise RecipeError(Problem("recipe-file", what, place, why=why, fix="save it as UTF-8")) from None
     return parse(str(path), text)
 
 
+def _directory_problem(path: Path) -> Problem:
+    found = sorted(str(entry) for entry in path.glob("*.y*ml"))
+    fix = f"did you mean {' or '.join(found[:3])}?" if found else "name the recipe's file"
+    return Problem("recipe-file", f"{path} is a directory", fix=fix)
+
+
+def _unreadable_letter(file: str, text: str, error: yaml.reader.ReaderError) -> Problem:
+    before = text[: error.position]
+    line = before.count("\n") + 1
+    place = Place(file, line, error.position - before.rfind("\n"))
+    letter = f"U+{ord(text[error.position]):04X}" if error.position < len(text) else "one"
+    return Problem("yaml", f"the character {letter} cannot stand in YAML", place, fix="remove it")
+
+
+def written(value: Any) -> str:
+    """Return a value as a recipe writes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(written(part) for part in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_TAG = "tag:yaml.org,2002:"
+_KNOWN_TAGS = {"null", "bool", "int", "float", "str", "seq", "map", "timestamp", "value", "merge"}
+"""Those PyYAML gives by itself; what a scalar is, `scalar` says."""
+_SYNTAX_FIX = "indent with spaces, put a space after each colon, and quote text that holds `: ` or ` #`"
 _SHAPE_FIX = "start from `ftune init`, or write `model:`, `data:` and `training:` with their keys below them"
 
 
@@ -112,50 +162,53 @@ def _near_files(path: Path) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {"list": "list", "str": "text", "int": "number", "float": "number", "bool": "truth value"}.get(
-        type(value).__name__, "nothing" if value is None else "mapping"
-    )
+    kinds = {"list": "a list", "str": "text", "int": "a number", "float": "a number", "bool": "a truth value"}
+    return kinds.get(type(value).__name__, "nothing")
 
 
 class _Reader:
     """Builds data from YAML nodes and notes where each key stands."""
 
-    def __init__(self, file: str, lines: list[str], first_line: int) -> None:
+    def __init__(self, file: str, text: str) -> None:
         self.file = file
-        self.lines = lines
-        self.first_line = first_line
+        self.lines = _LINE_END.split(text.removeprefix("\ufeff"))
+        self.num_nodes = 0
         self.marks: dict[KeyPath, Mark] = {}
         self.problems: list[Problem] = []
 
     def place(self, mark: Any, end: Any = None) -> Place:
         text = self.lines[mark.line] if mark.line < len(self.lines) else ""
         stop = end.column if end is not None and end.line == mark.line else len(text.split(" #")[0].rstrip())
-        return Place(self.file, mark.line + self.first_line, mark.column + 1, text, max(1, stop - mark.column))
+        return Place(self.file, mark.line + 1, mark.column + 1, text, max(1, stop - mark.column))
 
-    def refuse(self, rule: str, what: str, node: Any, **more: str) -> None:
-        self.problems.append(Problem(rule, what, self.place(node.start_mark, node.end_mark), **more))
+    def refuse(self, what: str, node: Any, *, fix: str = "") -> None:
+        self.problems.append(Problem("yaml", what, self.place(node.start_mark, node.end_mark), fix=fix))
 
     def syntax_problem(self, error: yaml.MarkedYAMLError) -> Problem:
         mark = error.problem_mark or error.context_mark
-        what = (error.problem or "cannot be read").replace("found character '\\t' that", "a tab")
-        return Problem(
-            "yaml",
-            f"this is not YAML: {what}",
-            self.place(mark) if mark is not None else Place(self.file),
-            why=error.context or "",
-            fix="indent with spaces, put a space after each colon, and quote text that holds `: ` or ` #`",
-        )
+        what, fix = error.problem or "cannot be read", _SYNTAX_FIX
+        if "'\\t'" in what:
+            what, fix = "a tab stands where only spaces may", "indent with spaces"
+        elif "found another document" in what:
+            what, fix = "there is a second document below `---`", "one recipe, one file: remove the `---`"
+        place = self.place(mark) if mark is not None else Place(self.file)
+        return Problem("yaml", f"this is not YAML: {what}", place, why=error.context or "", fix=fix)
 
     def build(self, node: Any, path: KeyPath) -> Any:
+        self.num_nodes += 1
+        if len(path) > _DEEPEST or self.num_nodes > _LARGEST:
+            if not self.problems:
+                self.refuse("this is nested too deeply for a recipe, or repeats itself by an alias", node)
+            return None
+        if node.tag.removeprefix(_TAG) not in _KNOWN_TAGS:
+            name = node.tag.replace(_TAG, "!!")
+            self.refuse(f"the tag {name} means nothing in a recipe", node, fix="remove it")
+            return None
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.item(child, (*path, index)) for index, child in enumerate(node.value)]
-        if node.style is None and node.tag.startswith("tag:yaml.org,2002:"):
-            return scalar(node.value)
-        if not node.tag.startswith("tag:yaml.org,2002:"):
-            self.refuse("yaml", f"tags such as {node.tag} mean nothing in a recipe", node, fix="remove the tag")
-        return node.value
+        return scalar(node.value) if node.style is None else node.value
 
     def item(self, node: Any, path: KeyPath) -> Any:
         place = self.place(node.start_mark, node.end_mark)
@@ -166,7 +219,7 @@ class _Reader:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.refuse("yaml", "a key must be a plain word", key_node)
+                self.refuse("a key must be a plain word", key_node, fix="write `key: value`")
                 continue
             key = key_node.value
             here = (*path, key)
@@ -175,7 +228,9 @@ class _Reader:
                 first = self.marks[here].key
                 what = f"`{key}` is given twice"
                 self.problems.append(
-                    Problem("duplicate-key", what, key_place, "again here", fix="keep one", also=((first, "first here"),))
+                    Problem(
+                        "duplicate-key", what, key_place, "again here", fix="keep one", also=((first, "first here"),)
+                    )
                 )
                 continue
             empty = value_node.start_mark.index == value_node.end_mark.index

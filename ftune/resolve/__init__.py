@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ftune.errors import DataError, MachineError, Problem, RecipeError
 from ftune.machine import Machine
-from ftune.recipe import Loaded
+from ftune.recipe import Loaded, order, read, validate
 from ftune.resolve import files
 from ftune.resolve.decide import decide
 from ftune.resolve.huggingface import training_arguments
 from ftune.resolve.spec import Decision, RunSpec
 from ftune.rules import check, is_machine_rule
 
-__all__ = ["Decision", "RunSpec", "findings", "raise_errors", "resolve"]
+__all__ = ["Decision", "RunSpec", "examine", "findings", "raise_errors", "resolve"]
 
+_SEVERITIES = ("error", "warning", "note")
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
 def findings(loaded: Loaded, machine: Machine | None) -> list[Problem]:
-    """Return every problem that can be known without loading the model: rules, then files."""
-    return check(loaded, machine) + files.data_problems(loaded)
+    """Return every problem that can be known without loading the model, errors first, each kind in file order."""
+    found = check(loaded, machine) + files.problems(loaded.source)
+    return sorted(found, key=lambda problem: (_SEVERITIES.index(problem.severity), *order(problem, loaded.source)))
+
+
+def examine(
+    recipe: str | Path | Mapping[str, Any], overrides: Sequence[str], machine: Machine | None
+) -> tuple[Loaded | None, list[Problem]]:
+    """Return the recipe, if it is one, and every problem: those of its shape together with those of its files."""
+    source = read(recipe, overrides)
+    try:
+        loaded = validate(source, overrides)
+    except RecipeError as error:
+        found = [*error.problems, *files.problems(source)]
+        return None, sorted(found, key=lambda problem: order(problem, source))
+    return loaded, findings(loaded, machine)
 
 
 def raise_errors(problems: list[Problem]) -> None:
@@ -41,7 +59,7 @@ def resolve(loaded: Loaded, machine: Machine, *, fingerprints: bool = True) -> R
 
     recipe, decisions = decide(loaded, machine)
     named = files.sources(recipe.data.train) + files.sources(recipe.data.eval)
-    output = str(files.Path(recipe.training.output_dir).expanduser().resolve())
+    output = str(Path(recipe.training.output_dir).expanduser().resolve())
     recipe = replace(recipe, training=recipe.training.model_copy(update={"output_dir": output}))
     return RunSpec(
         recipe=recipe,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ftune import plugin
 from ftune.machine import Machine
 from ftune.recipe import Loaded
+from ftune.recipe import source as sources
 from ftune.recipe.schema import Recipe
 from ftune.resolve import files
 from ftune.resolve.spec import Decision
@@ -21,7 +23,7 @@ def decide(loaded: Loaded, machine: Machine) -> tuple[Recipe, tuple[Decision, ..
     """Return the recipe without any `auto`, and why each value is what it is."""
     recipe = loaded.recipe
     found: list[Decision] = []
-    for chooser in (_paths, _model_files, _precision, _dtype, _attention, _optimizer, _evaluation, _loader):
+    for chooser in (_paths, _model_files, _precision, _dtype, _attention, _optimizer, _evaluation, _loader, _engine):
         chosen = list(chooser(loaded, recipe, machine))
         recipe = _with(recipe, chosen)
         found.extend(chosen)
@@ -54,28 +56,36 @@ def _paths(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisio
 
 
 def _beside(loaded: Loaded, names: list[str]) -> bool:
-    return any((loaded.directory / name).exists() and not files.Path(name).exists() for name in names)
+    return any((loaded.directory / name).exists() and not Path(name).exists() for name in names)
 
 
 def _model_files(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
     given = loaded.source.overridden
     replaced = "model.model_name_or_path" in given and "model.gguf_file" not in given
-    if recipe.model.gguf_file is not None and replaced:
-        folder = files.Path(recipe.model.model_name_or_path)
-        if not (folder / recipe.model.gguf_file).is_file():
-            why = "it belongs to the model that --set replaced"
-            yield Decision("model.gguf_file", None, why)
+    if recipe.model.gguf_file is None or not replaced:
+        return
+    before = sources.parse(loaded.source.file, loaded.source.text).data.get("model")
+    named = before.get("model_name_or_path") if isinstance(before, dict) else None
+    folder = files.model_folder(recipe.model.model_name_or_path)
+    if loaded.recipe.model.model_name_or_path != named and not (
+        folder is not None and (folder / recipe.model.gguf_file).is_file()
+    ):
+        yield Decision("model.gguf_file", None, "it belongs to the model that --set replaced")
 
 
 def _precision(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
     training = recipe.training
-    capability = min((gpu.capability for gpu in machine.gpus), default=(0, 0))
-    device = machine.gpus[0].name if machine.gpus else "this CPU"
+    capability = _capability(machine)
+    # All devices compute the same way, so the oldest one has the say.
+    device = min(machine.gpus, key=lambda gpu: gpu.capability).name if machine.gpus else "this CPU"
     bf16, fp16 = training.bf16, training.fp16
     pure = recipe.model.dtype == "bfloat16" and not plugin.tuning(recipe.tuning.method).frozen_base
+    half = recipe.model.dtype == "float16"
     if bf16 == "auto":
         if fp16 is True:
             bf16, why = False, "fp16 is on"
+        elif half:
+            bf16, why = False, "the weights are float16"
         elif pure:
             bf16, why = False, "the weights are bfloat16 already: there is nothing to cast"
         elif machine.computes_bfloat16():
@@ -84,12 +94,17 @@ def _precision(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Dec
             bf16, why = False, f"{device} has no bfloat16 instructions"
         yield Decision("training.bf16", bf16, why)
     if fp16 == "auto":
-        fp16 = bool(machine.gpus) and not bf16 and not pure and capability < (8, 0)
-        why = "this GPU is older than bfloat16" if fp16 else "bf16 is on" if bf16 else "nothing asks for it"
+        fp16 = bool(machine.gpus) and not bf16 and not pure and (half or capability < (8, 0))
+        reason = "the weights are float16" if half else f"{device} is older than bfloat16"
+        why = reason if fp16 else "bf16 is on" if bf16 else "nothing asks for it"
         yield Decision("training.fp16", fp16, why)
     if training.tf32 == "auto":
         tf32 = capability >= (8, 0)
         yield Decision("training.tf32", tf32, "Ampere and newer GPUs have it" if tf32 else "this machine has none")
+
+
+def _capability(machine: Machine) -> tuple[int, int]:
+    return min((gpu.capability for gpu in machine.gpus), default=(0, 0))
 
 
 def _dtype(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
@@ -109,7 +124,7 @@ def _attention(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Dec
     if recipe.model.attn_implementation != "auto":
         return
     half = recipe.training.bf16 or recipe.training.fp16 or recipe.model.dtype != "float32"
-    if machine.gpus and half and machine.has("flash_attn"):
+    if _capability(machine) >= (8, 0) and half and machine.has("flash_attn"):
         yield Decision("model.attn_implementation", "flash_attention_2", "flash-attn is installed and fastest here")
     else:
         why = "PyTorch's own fused attention" + ("; pip install flash-attn may be faster" if machine.gpus else "")
@@ -120,11 +135,7 @@ def _optimizer(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Dec
     optimizer = plugin.optimizer(recipe.optimizer.method)
     tuning = plugin.tuning(recipe.tuning.method)
     if recipe.training.learning_rate == "auto":
-        rate, why = optimizer.default_learning_rate, optimizer.learning_rate_reason
-        if tuning.default_learning_rate is not None:
-            factor = optimizer.default_learning_rate / plugin.Optimizer.default_learning_rate
-            rate, why = tuning.default_learning_rate * factor, tuning.learning_rate_reason
-        yield Decision("training.learning_rate", rate, why)
+        yield Decision("training.learning_rate", *plugin.customary_learning_rate(optimizer, tuning))
     if recipe.training.max_grad_norm == "auto":
         yield Decision("training.max_grad_norm", optimizer.default_max_grad_norm, optimizer.max_grad_norm_reason)
 
@@ -145,6 +156,11 @@ def _loader(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisi
         pin = bool(machine.gpus)
         why = "pinned batches copy to the GPU in the background" if pin else "there is no GPU to copy to"
         yield Decision("training.dataloader_pin_memory", pin, why)
+
+
+def _engine(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    if recipe.distributed.engine == "auto":
+        yield Decision("distributed.engine", "ddp", "whole replicas: nothing is split over devices")
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

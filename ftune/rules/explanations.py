@@ -7,8 +7,11 @@ import inspect
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
-from ftune.recipe.reference import Key, all_keys, keys_of
+from ftune.recipe.reference import Key, all_keys, key_table, keys_of
+from ftune.recipe.schedules import SCHEDULES
 from ftune.recipe.schema import SECTIONS
+from ftune.recipe.source import written
+from ftune.rules.check import example_problem
 from ftune.rules.rule import Rule
 from ftune.rules.table import RULES
 
@@ -43,16 +46,16 @@ def explain_name(name: str) -> str:
         parts.append(_section(name, keys))
     elif name == "optim":
         parts.append(_list_of(plugin.OPTIMIZERS))
-    for package in _KINDS:
-        if short in plugin.names(package):
-            parts.append(_method(package, short))
+    parts += [_method(package, short) for package in _KINDS if short in plugin.names(package)]
+    if short in SCHEDULES:
+        parts.append(_schedule(short))
     parts += [_rule(rule) for rule in RULES if rule.id == name]
     owners = [key for key in keys if key.name == short and (name == short or key.owner.startswith(name.split(".")[0]))]
     if owners and name not in SECTIONS:
         parts.append("\n\n".join(_key(key) for key in owners))
     if not parts:
         known = {key.name for key in keys} | set(SECTIONS) | {rule.id for rule in RULES}
-        known |= {method for package in _KINDS for method in plugin.names(package)}
+        known |= {method for package in _KINDS for method in plugin.names(package)} | set(SCHEDULES)
         near = difflib.get_close_matches(name, known, n=3)
         fix = "did you mean " + " or ".join(near) + "?" if near else "`ftune explain` lists what there is"
         raise RecipeError(Problem("unknown-name", f"there is nothing called `{name}`", fix=fix))
@@ -86,24 +89,80 @@ def _method(package: str, name: str) -> str:
     return "\n\n".join(["\n".join(lines), *[_key(key) for key in own]])
 
 
+def _schedule(name: str) -> str:
+    model = SCHEDULES[name]
+    keys = keys_of(f"training.lr_scheduler_kwargs ({name})", model)
+    return "\n\n".join([f"training.lr_scheduler_type: {name}\n  {inspect.getdoc(model)}", *[_key(key) for key in keys]])
+
+
 def _key(key: Key) -> str:
     return f"{key.owner}: {key.name}\n  {key.text}\n  takes {key.kind}; default {key.default}"
 
 
 def _rule(rule: Rule) -> str:
+    problem = example_problem(rule)
     return "\n".join(
         [
             f"{rule.id} ({rule.severity}, {'checked on the machine' if rule.needs == 'machine' else 'always checked'})",
-            f"  {rule.what}",
-            f"  why: {rule.because}",
-            f"  fix: {rule.instead}",
-            f"  fails: {_flow(rule.bad)}",
-            f"  works: {_flow(rule.good)}",
+            f"  {problem.what}",
+            f"  why: {problem.why}",
+            f"  fix: {problem.fix}",
+            f"  fails: {flow(rule.bad)}",
+            f"  works: {flow(rule.good)}",
         ]
     )
 
 
-def _flow(example: object) -> str:
-    import json
+def rule_pages() -> str:
+    """Return every rule as Markdown, for the documentation."""
+    return "\n\n".join(_rule_page(rule) for rule in RULES)
 
-    return json.dumps(example).replace('"', "")
+
+def _rule_page(rule: Rule) -> str:
+    problem = example_problem(rule)
+    where = "checked on the machine" if rule.needs == "machine" else "always checked"
+    return "\n".join(
+        [
+            f"### {rule.id}",
+            "",
+            f"*{rule.severity}, {where}.* {_sentence(problem.what)} {_sentence(problem.why)}",
+            "",
+            f"* fails: `{flow(rule.bad)}`",
+            f"* works: `{flow(rule.good)}`",
+            f"* fix: {problem.fix}",
+        ]
+    )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
+def method_pages(package: str) -> str:
+    """Return every plugin of one kind as Markdown, for the documentation."""
+    return "\n\n".join(f"### {name}\n\n{_method_page(package, name)}" for name in plugin.names(package))
+
+
+def _method_page(package: str, name: str) -> str:
+    found = plugin.get(package, name)
+    lines = [found.summary]
+    if isinstance(found, plugin.Optimizer):
+        note = f" ({found.state_bytes_note})" if found.state_bytes_note else ""
+        lines += ["", f"* Gradients: {found.gradients.value}."]
+        lines.append(f"* Optimizer state: {found.state_bytes_per_parameter:g} bytes per trained weight{note}.")
+        lines.append(f"* `learning_rate: auto` is {found.default_learning_rate:g}: {found.learning_rate_reason}.")
+    if isinstance(found, plugin.Format):
+        lines += ["", f"* A row: `{found.columns}`"]
+    if found.needs:
+        lines += ["", "* Needs: " + ", ".join(f"`{need}`" for need in found.needs)]
+    owners = {plugin.OPTIMIZERS: "training.optim_args", plugin.TUNINGS: "tuning", plugin.OBJECTIVES: "objective"}
+    if package in owners and found.Options.model_fields:
+        lines += ["", key_table(f"{owners[package]} ({name})")]
+    return "\n".join(lines)
+
+
+def flow(value: object) -> str:
+    """Return an example on one line, as YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
+    return written(value)

@@ -1,4 +1,4 @@
-"""The shape of a rule: a row over facts, with a failing and a passing example that are its test and its documentation."""
+"""The shape of a rule: a row over facts, whose failing and passing examples are its test and its documentation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Facts:
 
     recipe: Recipe
     machine: Machine | None = None
+    given: frozenset[str] = frozenset()
+    """Dotted keys that the recipe or `--set` names, so that a default is not taken for a wish."""
 
     @property
     def optimizer(self) -> plugin.Optimizer:
@@ -32,13 +34,33 @@ class Facts:
         return plugin.objective(self.recipe.objective.method)
 
     @property
+    def format(self) -> plugin.Format | None:
+        """The format of the rows, where the recipe names it."""
+        name = self.recipe.data.format
+        return None if name == "auto" else plugin.format_named(name)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, as it will be."""
+        rate = self.recipe.training.learning_rate
+        return plugin.customary_learning_rate(self.optimizer, self.tuning)[0] if rate == "auto" else float(rate)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers asked for."""
+        wanted = self.recipe.training.report_to
+        return tuple(name for name in ([wanted] if isinstance(wanted, str) else wanted) if name != "none")
+
+    @property
     def device_type(self) -> str:
         return self.machine.device_type if self.machine else "cuda"
 
     def words(self) -> dict[str, Any]:
         """Return what the texts of a rule may name in braces."""
         training, data = self.recipe.training, self.recipe.data
-        missing = [name for name in self.optimizer.needs + self.tuning.needs + self.objective.needs if not self._has(name)]
+        missing = [
+            name for name in self.optimizer.needs + self.tuning.needs + self.objective.needs if not self._has(name)
+        ]
         return {
             "optim": self.recipe.optimizer.method,
             "tuning": self.recipe.tuning.method,
@@ -53,7 +75,27 @@ class Facts:
             "missing": " ".join(missing),
             "packages": " ".join(name.replace("_", "-") for name in missing),
             "attention": self.recipe.model.attn_implementation,
+            "trackers": ", ".join(self.missing_trackers()),
+            "tracker_packages": " ".join(name.replace("_", "-") for name in self.missing_trackers()),
+            "schedule": training.lr_scheduler_type,
+            "learning_rate": f"{self.learning_rate:g}",
+            "loss_setting": self._loss_setting(),
+            "loss_rule": self._loss_rule(),
         }
+
+    def missing_trackers(self) -> list[str]:
+        """Return the trackers whose package, which has the same name, is not installed."""
+        return [name for name in self.trackers if not self._has(name)]
+
+    def _loss_setting(self) -> str:
+        if self.format is None or self.format.trains_whole_text:
+            return "no setting"
+        return self.format.loss_setting
+
+    def _loss_rule(self) -> str:
+        if self.format is not None and self.format.trains_whole_text:
+            return "every token of plain text is learned"
+        return f"{self._loss_setting()} says what is learned of them"
 
     def _has(self, package: str) -> bool:
         return self.machine is None or self.machine.has(package)

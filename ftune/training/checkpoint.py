@@ -100,13 +100,21 @@ def out_of_room(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     # safetensors and PyTorch wrap the system's error in their own classes and keep only its words.
-    words = ("No space left", "StorageFull", "os error 28", "code: 28", "PytorchStreamWriter failed writing", "enforce fail")
+    words = (
+        "No space left",
+        "StorageFull",
+        "os error 28",
+        "code: 28",
+        "PytorchStreamWriter failed writing",
+        "enforce fail",
+    )
     return any(word in str(error) for word in words)
 
 
 def saving_failed(path: Path, error: BaseException) -> RunError:
     """Return the problem of a checkpoint or model that could not be written."""
-    kept = rundir.checkpoints(path.parent if path.parent.name != rundir.CHECKPOINTS else path.parent.parent)
+    run = path.parent.parent if path.parent.name == rundir.CHECKPOINTS else path.parent
+    kept = rundir.checkpoints(run)
     last = f"{kept[-1].name} is whole" if kept else "no earlier checkpoint exists"
     free = format_bytes(shutil.disk_usage(path.parent).free)
     return RunError(
@@ -114,7 +122,7 @@ def saving_failed(path: Path, error: BaseException) -> RunError:
             "disk-full",
             f"could not write {path.name}: {free} left on the disk",
             why=f"{str(error).splitlines()[0][:200]}; nothing half-written was left, and {last}",
-            fix=f"free the disk, then: ftune resume {path.parent.parent if path.parent.name == rundir.CHECKPOINTS else path.parent}",
+            fix=f"free the disk, then: ftune resume {run}",
         )
     )
 

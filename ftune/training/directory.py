@@ -16,7 +16,7 @@ from ftune import rundir
 from ftune.errors import Problem, RunError
 from ftune.machine import Machine
 from ftune.recipe import Loaded, load, overrides
-from ftune.resolve import RunSpec, raise_errors, resolve
+from ftune.resolve import Decision, RunSpec, raise_errors, resolve
 from ftune.resolve.decide import settings_of
 from ftune.resolve.files import fingerprint
 from ftune.rules import check
@@ -75,8 +75,12 @@ def _make_room(directory: Path) -> None:
     if not (directory / rundir.RUN).exists():
         raise RunError(_in_the_way(directory, "it holds other files", "choose a new training.output_dir"))
     with held(directory):
-        if rundir.checkpoints(directory) or (directory / rundir.METRICS).exists() or (directory / rundir.MODEL).exists():
-            fix = f"go on with it: ftune resume {directory}\n       or start anew elsewhere: --set training.output_dir=..."
+        if (
+            rundir.checkpoints(directory)
+            or (directory / rundir.METRICS).exists()
+            or (directory / rundir.MODEL).exists()
+        ):
+            fix = f"go on with it: ftune resume {directory}; or start anew elsewhere: --set training.output_dir=..."
             raise RunError(_in_the_way(directory, "it holds another run", fix))
         for entry in directory.iterdir():
             if entry.is_dir():
@@ -160,7 +164,7 @@ def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Ma
     loaded = load(directory / rundir.RECIPE, (*spec.overrides, *changes))
     fresh = _with_output(resolve(loaded, machine), directory.resolve())
     before, after = settings_of(spec.recipe), settings_of(fresh.recipe)
-    found_again = {"data.train", "data.eval", "data.chat_template", "model.model_name_or_path"}
+    found_again = {"data.format", "data.train", "data.eval", "data.chat_template", "model.model_name_or_path"}
     named = {change.partition("=")[0].strip() for change in changes}
     differing = [key for key in after if before.get(key) != after[key] and (key not in found_again or key in named)]
     refused = [key for key in differing if not key.startswith(MAY_CHANGE)]
@@ -175,7 +179,9 @@ def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Ma
         section, name = key.split(".")
         old = getattr(getattr(spec.recipe, section), name)
         recipe = replace(recipe, **{section: getattr(recipe, section).model_copy(update={name: old})})
-    changed = replace(fresh, recipe=recipe)
+    # What was read before must still be what it was: a fresh fingerprint would vouch for rows that have changed.
+    before_that = {name: digest for name, digest in spec.data_fingerprint.items() if name in fresh.data_fingerprint}
+    changed = replace(fresh, recipe=recipe, data_fingerprint={**fresh.data_fingerprint, **before_that})
     rundir.write_text(directory / rundir.OVERRIDES, overrides.as_yaml(changed.overrides))
     rundir.write_text(directory / rundir.RUN, changed.to_json())
     return changed
@@ -203,8 +209,22 @@ def _differences(spec: RunSpec, machine: Machine) -> Iterator[str]:
         yield f"the run began on {spec.device_type}: results will differ in the last digits"
 
 
+def settle(spec: RunSpec, *, format_found: str) -> RunSpec:
+    """Return the spec with what only the data could tell, and write it down; one rank does."""
+    if spec.recipe.data.format != "auto":
+        return spec
+    decision = Decision("data.format", format_found, "the first row has its keys")
+    data = spec.recipe.data.model_copy(update={"format": format_found})
+    settled = replace(spec, recipe=replace(spec.recipe, data=data), decisions=(*spec.decisions, decision))
+    if os.environ.get("RANK", "0") == "0":
+        rundir.write_text(Path(spec.recipe.training.output_dir) / rundir.RUN, settled.to_json())
+    return settled
+
+
 def _environment() -> str:
     from importlib import metadata
 
-    names = sorted({f"{found.name}=={found.version}" for found in metadata.distributions() if found.name}, key=str.lower)
+    names = sorted(
+        {f"{found.name}=={found.version}" for found in metadata.distributions() if found.name}, key=str.lower
+    )
     return "\n".join([f"# Python {platform.python_version()}, {platform.platform()}", *names]) + "\n"

@@ -50,7 +50,9 @@ def _out_of_memory(error: BaseException, spec: RunSpec) -> Problem:
     ways = []
     if batch > 1:
         accumulation = training.gradient_accumulation_steps * 2
-        ways.append(f"per_device_train_batch_size: {max(1, batch // 2)} with gradient_accumulation_steps: {accumulation}")
+        ways.append(
+            f"per_device_train_batch_size: {max(1, batch // 2)} with gradient_accumulation_steps: {accumulation}"
+        )
     if not training.gradient_checkpointing:
         ways.append("gradient_checkpointing: true")
     if spec.recipe.tuning.method == "full":

@@ -10,7 +10,7 @@ import torch
 
 
 class Meter:
-    """Sums over the steps since the last line, and over the whole run. Losses stay on the device until they are read."""
+    """Sums since the last logged line, and over the whole run; losses stay on the device until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.window = torch.zeros(3, dtype=torch.float64, device=device)

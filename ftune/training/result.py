@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ftune import plugin, rundir
+from ftune import rundir
 from ftune.errors import Interrupted, Problem
 from ftune.models.quiet import quiet
 from ftune.training import checkpoint
@@ -35,7 +35,9 @@ class RunResult:
     best_checkpoint: str | None
 
 
-def finish(trainer: FtuneTrainer, samples: Samples, *, stopped: bool, wall_seconds: float, shown: Progress) -> RunResult:
+def finish(
+    trainer: FtuneTrainer, samples: Samples, *, stopped: bool, wall_seconds: float, shown: Progress
+) -> RunResult:
     """Save what there is to save and write the result; raises Interrupted where the user stopped the run."""
     if stopped:
         result = _result(trainer, "interrupted", wall_seconds)
@@ -43,17 +45,21 @@ def finish(trainer: FtuneTrainer, samples: Samples, *, stopped: bool, wall_secon
         shown.close()
         saved = rundir.checkpoint_name(trainer.state.global_step)
         fix = f"go on with: ftune resume {trainer.directory}"
-        raise Interrupted(Problem("interrupted", f"stopped at step {trainer.state.global_step}; saved {saved}", fix=fix))
+        raise Interrupted(
+            Problem("interrupted", f"stopped at step {trainer.state.global_step}; saved {saved}", fix=fix)
+        )
     best = trainer.state.best_model_checkpoint
     if trainer.recipe.training.load_best_model_at_end and best is not None:
         trainer.load_best(Path(best))
-    if trainer.eval_dataset is not None and trainer.last_evaluation[0] != trainer.state.global_step:
+    evaluated = trainer.last_evaluation is not None and trainer.last_evaluation[0] == trainer.state.global_step
+    if trainer.eval_dataset is not None and not evaluated:
         trainer.evaluate()
     _save_model(trainer)
-    samples.show(samples.ask("after"))
+    answers = samples.ask("after")
+    shown.close()
+    samples.show(answers)
     result = _result(trainer, "finished", wall_seconds)
     _write(trainer, result)
-    shown.close()
     shown.say(_summary(result))
     return result
 

@@ -45,7 +45,9 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
         checkpoints.remove_partial(home)
         tokenizer = load_tokenizer(recipe.model, shown.say)
         data = _prepare(spec, tokenizer)
+        spec = directory.settle(spec, format_found=data.format)
         model = load_model(recipe.model, device_type=spec.device_type, say=shown.say)
+    recipe = spec.recipe
     _tell(data, shown)
     check_lengths(recipe, data, model)
     set_seed(recipe.training.seed)
@@ -73,7 +75,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
     if checkpoint is None:
         samples.before = samples.ask("before")
     else:
-        trainer.load_meter(checkpoint)
+        trainer.load_counts(checkpoint)
     with stop.listening(), quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return finish(trainer, samples, stopped=stop.stopped, wall_seconds=time.perf_counter() - started, shown=shown)
@@ -109,7 +111,7 @@ def _prepare(spec: RunSpec, tokenizer: object) -> Prepared:
 
 def _prompts(spec: RunSpec, data: Prepared) -> tuple[object, ...]:
     asked = spec.recipe.training.sample_prompts
-    return data.prompts if asked == "auto" else tuple(asked)
+    return data.prompts if asked is None else tuple(asked)
 
 
 def _tell(data: Prepared, shown: progress.Progress) -> None:

@@ -70,7 +70,10 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
             decayed = set(self.get_decay_parameter_names(self.model))
             trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
             groups = [
-                {"params": [weight for name, weight in trained if name in decayed], "weight_decay": training.weight_decay},
+                {
+                    "params": [weight for name, weight in trained if name in decayed],
+                    "weight_decay": training.weight_decay,
+                },
                 {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
             ]
             self.optimizer = plugin.optimizer(chosen.method).build(
@@ -231,14 +234,16 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
             self.state.save_to_json(str(folder / "trainer_state.json"))
         meters = self.accelerator.gather(self.meter.window[None]) if self.accelerator.num_processes > 1 else None
         if self.args.should_save:
-            state = self.meter.state()
+            state = {**self.meter.state(), "last_evaluation": self.last_evaluation}
             if meters is not None:
                 state["window_by_rank"] = meters.tolist()
             (folder / checkpoint.STATE).write_text(json.dumps(state), encoding="utf-8")
 
-    def load_meter(self, folder: Path) -> None:
+    def load_counts(self, folder: Path) -> None:
         """Go on counting from a checkpoint."""
         state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
+        if (evaluated := state.pop("last_evaluation")) is not None:
+            self.last_evaluation = (evaluated[0], evaluated[1])
         by_rank = state.pop("window_by_rank", None)
         if by_rank is not None and len(by_rank) == self.accelerator.num_processes:
             state["window"] = by_rank[self.args.process_index]

@@ -73,7 +73,9 @@ def _order(rows: int, seed: int) -> list[int]:
 
 
 def test_losses_are_those_of_a_plain_loop(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
-    run = ftune.train(recipe(tiny_model, rows, tmp_path / "run", training={"per_device_train_batch_size": 2, "max_steps": 20}))
+    run = ftune.train(
+        recipe(tiny_model, rows, tmp_path / "run", training={"per_device_train_batch_size": 2, "max_steps": 20})
+    )
     expected, _ = _plain_loop(tiny_model, rows, _order(ROWS, 42)[:40], size=2, rate=1e-3)
     assert len(expected) == 20
     assert losses(run.directory) == pytest.approx(expected, rel=1e-5)
@@ -84,7 +86,10 @@ def test_accumulation_equals_the_large_batch(
     tiny_model: Path, rows: Path, tmp_path: Path, batch: int, accumulation: int
 ) -> None:
     large = recipe(
-        tiny_model, rows, tmp_path / "large", training={"per_device_train_batch_size": batch * accumulation, "optim": "sgd"}
+        tiny_model,
+        rows,
+        tmp_path / "large",
+        training={"per_device_train_batch_size": batch * accumulation, "optim": "sgd"},
     )
     small = recipe(
         tiny_model,
@@ -186,7 +191,13 @@ def test_weight_decay_leaves_norms_alone(tiny_model: Path, rows: Path, tmp_path:
     """With a rate of almost nothing, what moves is what is decayed."""
     from transformers import AutoModelForCausalLM
 
-    changes = {"learning_rate": 1e-3, "weight_decay": 50.0, "optim": "adamw_torch", "max_steps": 1, "optim_args": {"eps": 1e30}}
+    changes = {
+        "learning_rate": 1e-3,
+        "weight_decay": 50.0,
+        "optim": "adamw_torch",
+        "max_steps": 1,
+        "optim_args": {"eps": 1e30},
+    }
     run = ftune.train(recipe(tiny_model, rows, tmp_path / "run", training=changes))
     before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     for name, weight in weights(run.directory).items():
