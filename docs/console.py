@@ -40,6 +40,7 @@ def show(*commands: str, status: bool = False, **changed: str) -> None:
         lines = []
         for command in commands:
             answer, code = _run(command, home)
+            assert code, f"{command}: what ftune chooses differs from machine to machine, so only errors belong here"
             lines += [f"$ {command}", answer.replace(folder, "/home/you").rstrip()]
             if status:
                 lines += ["$ echo $?", str(code)]
