@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ftune.data.detect import reads_plain_text
 from ftune.models import generate
-from ftune.models.finished import ADAPTER, finished_tokenizer, is_run, load_finished, of_folder, of_run
+from ftune.models.finished import ADAPTER, finished_tokenizer, is_run, load_finished, of_folder, of_run, recipe_of
 from ftune.models.load import load_model, load_tokenizer, max_positions
 from ftune.models.source import Say, silent
 from ftune.plugin import Turn
@@ -25,7 +26,11 @@ def open_target(target: str, gguf_file: str | None = None, say: Say = silent) ->
     path = Path(target).expanduser()
     if gguf_file is None and path.is_dir() and (is_run(path) or (path / ADAPTER).is_file()):
         found = of_run(path) if is_run(path) else of_folder(path)
-        return load_finished(found, device_type=device_type, say=say), finished_tokenizer(found, say)
+        tokenizer = finished_tokenizer(found, say)
+        recipe = recipe_of(path)
+        if recipe is not None and reads_plain_text(recipe.data):
+            tokenizer.chat_template = None  # it learned to go on from plain text, not to take turns
+        return load_finished(found, device_type=device_type, say=say), tokenizer
     model = Model(model_name_or_path=target, gguf_file=gguf_file)
     return load_model(model, device_type=device_type, say=say), load_tokenizer(model, say)
 
@@ -40,12 +45,12 @@ def answer(
     streamer: Any = None,
 ) -> str:
     """Return the next turn; a streamer gets its words as they come."""
-    ids = generate.encode(tokenizer, turns).to(next(model.parameters()).device)
+    ids, most = generate.fitted(model, generate.encode(tokenizer, turns), max_new_tokens)
     with generate.answering(model):
         made = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most,
             streamer=streamer,
             **generate.settings(model, tokenizer, temperature),
         )

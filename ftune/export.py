@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def merge(run_directory: Path, output: Path, say: Say = silent) -> Merged:
         why, fix = "it trained the weights themselves", f"use {found.folder} as it is"
         raise RecipeError(Problem(rule="not-an-adapter", what=what, why=why, fix=fix))
     refuse_existing(output)
+    _require_writable(output)
     tokenizer = finished_tokenizer(found)
     dtype = stored_dtype(Path(source_directory(found.base, say)), found.base.model_name_or_path)
     say("loading the base in float32 and attaching the adapter")
@@ -64,8 +65,7 @@ def merge(run_directory: Path, output: Path, say: Say = silent) -> Merged:
     before = [_logits(adapted, ids) for ids in inputs]
     whole = _fold(adapted)
     del adapted
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with rundir.whole_directory(output) as partial:
+    with rundir.whole_directory(output.resolve()) as partial:
         say(f"saving in {_name(dtype)}")
         _save(whole.to(dtype), tokenizer, partial)
         del whole
@@ -81,6 +81,21 @@ def refuse_existing(output: Path) -> None:
         what = f"`{output}` exists and is not empty"
         fix = "name another --output, or remove it first"
         raise RecipeError(Problem(rule="output-exists", what=what, fix=fix))
+
+
+def _require_writable(output: Path) -> None:
+    """Refuse what cannot be written to, before minutes are spent on loading."""
+    target = output.resolve()
+    if target == Path.cwd():
+        what = "the merged model cannot take the place of the folder you are in"
+        raise RecipeError(Problem(rule="output-exists", what=what, fix="name a folder inside it with --output"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        what, fix = f"cannot write to `{output}`", "name another --output, on a disk with room"
+        raise RecipeError(Problem(rule="output-unwritable", what=what, why=str(error), fix=fix)) from None
 
 
 def stored_dtype(folder: Path, name: str) -> torch.dtype:
@@ -151,12 +166,12 @@ def _judge(dtype: torch.dtype, difference: float, divergence: float) -> None:
 def _sample_prompts(path: Path) -> list[generate.Prompt]:
     """Return the first distinct prompts of a run's samples, texts or conversations."""
     prompts: list[generate.Prompt] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for row in rundir.read_whole_lines(path):
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = row["prompt"]
             if isinstance(prompt, list):
                 prompt = tuple(Turn(turn["role"], turn["content"]) for turn in prompt)
-        except (ValueError, KeyError, TypeError):  # a line cut off by a crash is no reason not to merge
+        except (KeyError, TypeError):  # an odd line is no reason not to merge
             continue
         if prompt not in prompts:
             prompts.append(prompt)

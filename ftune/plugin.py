@@ -102,6 +102,13 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class PlainText:
+    """A prompt that is continued as it stands, without a chat template: what plain rows were trained as."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Conversation:
     """A row for supervised learning: what to say (trained) after what was said (not trained).
 
@@ -132,6 +139,8 @@ class Format(Plugin):
     """Which key of `data` says whether only answers are learned."""
     trains_whole_text: ClassVar[bool] = False
     """Plain text: every token counts in the loss."""
+    templated: ClassVar[bool | None] = True
+    """Whether the chat template writes its rows; None where each row says."""
 
     @abstractmethod
     def detect(self, row: Mapping[str, Any]) -> bool:

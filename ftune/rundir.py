@@ -18,7 +18,10 @@ RESULT = "result.json"
 SAMPLES = "samples.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
-CRASH = "crash.txt"
+REPORT = "report.html"
+LOCK = ".lock"
+OWN = frozenset((RECIPE, OVERRIDES, RUN, ENVIRONMENT, METRICS, RESULT, SAMPLES, CHECKPOINTS, MODEL, REPORT, LOCK))
+"""Everything that ftune itself writes into a run directory."""
 
 PARTIAL_SUFFIX = ".partial"
 """What is being written carries this until it is complete; leftovers of a killed run may be deleted."""
@@ -51,10 +54,11 @@ def write_text(path: Path, text: str) -> None:
 def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a log; the last line of a killed run may be half a line, and is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    # Bytes, since only a newline ends a row: text may hold U+2028, and a killed run may leave half a letter.
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+            rows.append(json.loads(line.decode("utf-8")))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import typer
 
 from ftune import __version__
-from ftune.cli import chat, check, doctor, explain, init, merge, resume, schema, train
+from ftune.cli import chat, check, doctor, explain, init, merge, report, resume, schema, train
 
 # Plain help is faster, greppable, and safe on pipes that are not UTF-8.
 app = typer.Typer(
@@ -34,7 +34,7 @@ def options(
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(init.init, check.check, train.train, resume.resume, chat.chat, merge.merge),
+    *(init.init, check.check, train.train, resume.resume, chat.chat, merge.merge, report.report),
     *(explain.explain, schema.schema, doctor.doctor),
 )
 for command in _COMMANDS:
@@ -43,12 +43,10 @@ for command in _COMMANDS:
 
 def main() -> None:
     """Run a command; print what a user can mend without a traceback, and save a report of what only we can."""
+    from ftune.cli import streams
     from ftune.errors import FtuneError
 
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # A pipe that is not UTF-8 shows what it cannot write as an escape, rather than ending the program.
-            stream.reconfigure(errors="backslashreplace")
+    streams.make_lasting()
     try:
         app()
     except FtuneError as error:

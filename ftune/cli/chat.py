@@ -27,7 +27,10 @@ def chat(
     Example: ftune chat runs/my-run --prompt "What is the capital of France?"
     """
     from ftune import chat as talk
+    from ftune.errors import Problem, RecipeError
 
+    if prompt is None and sys.stdin is None:
+        raise RecipeError(Problem("no-input", "there is no input to read questions from", fix="ask one with --prompt"))
     model, tokenizer = talk.open_target(target, gguf_file, say=lambda line: typer.echo(line, err=True))
     if prompt is not None:
         reply = talk.ask(
@@ -41,7 +44,7 @@ def chat(
         typer.echo(reply)
         return
     if sys.stdin.isatty():
-        kind = "" if tokenizer.chat_template else " It has no chat template, so it continues your text."
+        kind = "" if tokenizer.chat_template else " It was not trained on turns, so it continues your text."
         typer.echo(talk.HELP + kind, err=True)
     talk.converse(
         model,

@@ -25,7 +25,14 @@ def init(
         for each in names:
             typer.echo(f"{each:<{width}}  {shipped.summary(each)}".rstrip())
         return
-    for written in copy_recipe(name, output):
+    from ftune.errors import Problem, RecipeError
+
+    try:
+        copied = copy_recipe(name, output)
+    except OSError as error:
+        what, fix = f"cannot write `{output}`", "name another file with --output"
+        raise RecipeError(Problem(rule="output-unwritable", what=what, why=str(error), fix=fix)) from None
+    for written in copied:
         typer.echo(f"wrote {written}")
     shown = f'"{output}"' if " " in str(output) else str(output)
     typer.echo(f"next: ftune train {shown}")

@@ -22,9 +22,9 @@ def resume(
 
     from ftune.cli import console
     from ftune.machine import probe
-    from ftune.training import directory, run
+    from ftune.training import resuming, run
 
-    continued = directory.reopen(Path(run_directory), override or (), probe())
+    continued = resuming.reopen(Path(run_directory), override or (), probe())
     if os.environ.get("RANK", "0") == "0":
         for line in continued.notes:
             print(line)

@@ -90,6 +90,17 @@ def write(
     return datasets.Dataset.from_file(str(final))
 
 
+def writable(directory: Path | None) -> Path | None:
+    """Return the folder if files can be made in it; None where rows must stay in memory."""
+    if directory is None:
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return directory if os.access(directory, os.W_OK | os.X_OK) else None
+
+
 def write_notes(directory: Path | None, key: str, notes: dict[str, Any]) -> None:
     """Write what is known about a stored data set; being last, it says that the data set is complete."""
     if directory is not None:

@@ -11,6 +11,12 @@ import torch
 from ftune.data.tokenize import IGNORED
 
 
+def padding_id(tokenizer: Any, rows: int) -> int:
+    """Return what to pad with: an id that the model has an embedding for, as padding is looked up though masked."""
+    wanted = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in wanted if number is not None and number < rows), 0)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads on the right. Labels are masked by place, never by id: a pad token may be the end-of-turn token too."""

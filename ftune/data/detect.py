@@ -9,7 +9,8 @@ from ftune.data.faults import Faults
 from ftune.data.parts import Part
 from ftune.data.rows import Row
 from ftune.errors import DataError, Place, Problem
-from ftune.plugin import Format
+from ftune.plugin import Format, RowError
+from ftune.recipe.schema import Data
 
 
 def choose_format(name: str, part: Part, *, whole_text_only: bool) -> Format:
@@ -35,6 +36,21 @@ def choose_format(name: str, part: Part, *, whole_text_only: bool) -> Format:
             )
         )
     return chosen
+
+
+def reads_plain_text(data: Data) -> bool:
+    """Return whether the rows, whose format is settled, are learned without a chat template."""
+    if data.format not in plugin.names(plugin.FORMATS):
+        return False
+    known = plugin.format_named(data.format)
+    if known.templated is not None:
+        return not known.templated
+    sources = (data.train,) if isinstance(data.train, str) else tuple(data.train)
+    try:
+        row = next(Part("train", sources, data.train_split).rows(Faults(most=1)), None)
+        return row is None or not known.read(row.values).turns
+    except (DataError, RowError, OSError):
+        return True  # the rows are gone; this is how most are written
 
 
 def _detected(row: Row) -> Format:

@@ -61,7 +61,13 @@ class Encoding:
             return None
         try:
             answers_only = self.answers_only and not self.format.trains_whole_text
-            return render_conversation(self.tokenizer, conversation, answers_only=answers_only)
+            rendered = render_conversation(self.tokenizer, conversation, answers_only=answers_only)
+            rendered.text.encode("utf-8")
+            return rendered
+        except UnicodeEncodeError as error:
+            what = f"the text holds half a letter: {error.object[error.start : error.end]!a}, a lone surrogate"
+            faults.add(self._problem(row, RowError(what, "write the letter whole, or take it out")))
+            return None
         except RowError as error:
             faults.add(self._problem(row, error))
             return None

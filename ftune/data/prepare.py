@@ -19,12 +19,12 @@ from ftune.data.faults import Faults
 from ftune.data.pack import best_fit_decreasing
 from ftune.data.parts import Encoding, Part, Tally, encoded_rows
 from ftune.data.template import use_template_file
-from ftune.data.tokenize import Encoded
+from ftune.data.tokenize import Encoded, require_fast
 from ftune.errors import DataError, Place, Problem
-from ftune.plugin import Turn
+from ftune.plugin import PlainText, Turn
 from ftune.recipe.schema import Data
 
-Prompt = tuple[Turn, ...] | str
+Prompt = tuple[Turn, ...] | PlainText
 
 _PROMPTS = 3
 _OPENING_WORDS = 8
@@ -57,8 +57,10 @@ def prepare(
     With `data.chat_template` the tokenizer is given that template. `trains_whole_text_only` refuses formats that
     distinguish questions from answers.
     """
+    require_fast(tokenizer)
     if data.chat_template:
         use_template_file(tokenizer, data.chat_template)
+    cache = store.writable(cache)
     train, evaluation = _parts(data, seed)
     chosen = choose_format(data.format, train, whole_text_only=trains_whole_text_only)
     answers_only = bool(getattr(data, chosen.loss_setting))
@@ -166,7 +168,9 @@ def _streamed(part: Part, encoding: Encoding, data: Data, seed: int) -> datasets
 
 
 def _stream(part: Part, encoding: Encoding, packing: bool) -> Iterator[dict[str, Any]]:
-    rows = itertools.chain.from_iterable(encoded_rows(part, encoding, Tally()))
+    # Pass after pass in one stream: a resumed run then skips what was seen, whichever pass it was in.
+    passes = (encoded_rows(part, encoding, Tally()) for _ in itertools.repeat(None))
+    rows = itertools.chain.from_iterable(itertools.chain.from_iterable(passes))
     if not packing:
         yield from ({"input_ids": row.input_ids, "labels": row.labels} for row in rows)
         return
@@ -187,12 +191,11 @@ def _prompts(part: Part, encoding: Encoding) -> tuple[Prompt, ...]:
         if conversation is None:
             continue
         answers = [at for at, turn in enumerate(conversation.turns) if turn.role == "assistant" and turn.trained]
-        if conversation.turns:
-            prompt: Prompt = conversation.turns[: answers[0]] if answers else ()
-        else:
-            prompt = conversation.prompt or " ".join(conversation.completion.split()[:_OPENING_WORDS])
-        if prompt:
-            prompts.append(prompt)
+        text = conversation.prompt or " ".join(conversation.completion.split()[:_OPENING_WORDS])
+        if answers and answers[0]:
+            prompts.append(conversation.turns[: answers[0]])
+        elif text:
+            prompts.append(PlainText(text))
         if len(prompts) == _PROMPTS:
             break
     return tuple(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -37,6 +38,11 @@ def _lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
 
 
 def _decoded(raw: bytes, path: Path, number: int, faults: Faults) -> str | None:
+    if number == 1 and (raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:2]):
+        fix = f"convert it: iconv -f UTF-16 -t UTF-8 {path.name} > converted"
+        raise DataError(
+            fault("the file is written in UTF-16", str(path), number, why="ftune reads UTF-8 only", fix=fix)
+        )
     try:
         # Windows programs put a byte order mark before the first line.
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -66,7 +72,7 @@ def _json_lines(path: Path, faults: Faults) -> NumberedRows:
 
 def _bad_json(path: Path, number: int, line: str, error: Exception) -> Problem:
     column = error.colno if isinstance(error, json.JSONDecodeError) else 1
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    reason = _reason(error)
     fix, bare = "mend the line, or delete it", line.strip()
     if bare.startswith("[{") or (number == 1 and bare in ("[", "{")):
         fix = "rename the file to .json, or write each row as one object on one line"
@@ -77,6 +83,12 @@ def _bad_json(path: Path, number: int, line: str, error: Exception) -> Problem:
     shown = line[:_SHOWN] if column <= _SHOWN else ""
     near = "" if shown else f", near `{line[max(0, column - 40) : column + 20]}`"
     return fault(f"not valid JSON: {reason}{near}", str(path), number, column=column, text=shown, fix=fix)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _not_an_object(path: Path, number: int, value: Any) -> Problem:
@@ -103,6 +115,8 @@ def _json(path: Path, faults: Faults) -> NumberedRows:
         raise DataError(
             fault(f"not valid JSON: {error.msg}", str(path), error.lineno, fix="mend it", **place)
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise DataError(fault(f"cannot read the JSON: {_reason(error)}", str(path), fix="mend it")) from None
     if isinstance(value, dict):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
@@ -122,7 +136,7 @@ def _holds_json_lines(path: Path) -> bool:
     filled = (line for _, line in _lines(path, Faults()) if line.strip())
     try:
         return isinstance(json.loads(next(filled, "")), dict) and next(filled, None) is not None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

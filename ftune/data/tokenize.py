@@ -49,6 +49,18 @@ def encode(tokenizer: Any, rows: Sequence[Rendered], *, max_length: int | None) 
     """
     if not rows:
         return []
+    require_fast(tokenizer)
+    texts = [row.text for row in rows]
+    made = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    marks = _marks(tokenizer)
+    return [
+        _encoded(row, marks, numpy.asarray(ids, dtype=numpy.int32), offsets, max_length)
+        for row, ids, offsets in zip(rows, made["input_ids"], made["offset_mapping"], strict=True)
+    ]
+
+
+def require_fast(tokenizer: Any) -> None:
+    """Raise DataError for a tokenizer that does not tell where its tokens stand."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             Problem(
@@ -58,13 +70,6 @@ def encode(tokenizer: Any, rows: Sequence[Rendered], *, max_length: int | None) 
                 fix="use a model whose repository has a tokenizer.json",
             )
         )
-    texts = [row.text for row in rows]
-    made = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    marks = _marks(tokenizer)
-    return [
-        _encoded(row, marks, numpy.asarray(ids, dtype=numpy.int32), offsets, max_length)
-        for row, ids, offsets in zip(rows, made["input_ids"], made["offset_mapping"], strict=True)
-    ]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from ftune.plugin import RowError, Turn
 
 _WRONG_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 """Roles that a chat template would render as strangers, so that nothing the assistant says were learned."""
+_KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer", "function")
+"""Roles of their own are a template's affair; these are only what a slip of the pen is compared with."""
 
 
 def keys_of(row: Mapping[str, Any]) -> str:
@@ -58,6 +60,14 @@ def turns_of(value: Any, column: str, *, role_key: str = "role", text_key: str =
     )
 
 
+def _meant(role: str) -> str | None:
+    """Return the role that was probably meant by a wrong one."""
+    if role in _KNOWN_ROLES or role in _WRONG_ROLES:
+        return _WRONG_ROLES.get(role)
+    near = difflib.get_close_matches(role.strip().lower(), _KNOWN_ROLES, n=1, cutoff=0.75)
+    return near[0] if near else None
+
+
 def _turn(message: Any, place: str, *, role_key: str, text_key: str) -> Turn:
     if not isinstance(message, Mapping):
         raise RowError(f"`{place}` is {kind_of(message)}, not an object with `{role_key}` and `{text_key}`")
@@ -68,8 +78,8 @@ def _turn(message: Any, place: str, *, role_key: str, text_key: str) -> Turn:
     role = message[role_key]
     if not isinstance(role, str):
         raise RowError(f"`{place}.{role_key}` is {kind_of(role)}, not text")
-    if role_key == "role" and role in _WRONG_ROLES:
-        raise RowError(f"`{place}.role` is `{role}`", f"did you mean `{_WRONG_ROLES[role]}`?")
+    if role_key == "role" and (meant := _meant(role)):
+        raise RowError(f"`{place}.role` is `{role}`", f"did you mean `{meant}`?")
     # Columnar files give every message every key; null stands for "not there".
     extra = {
         key: item

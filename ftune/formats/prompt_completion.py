@@ -18,6 +18,7 @@ class PromptCompletion(Format):
     columns: ClassVar[str] = '{"prompt": ..., "completion": ...}'
     loss_setting: ClassVar[str] = "completion_only_loss"
     """The data setting that says whether what comes before the answer counts in the loss too."""
+    templated: ClassVar[bool | None] = None
 
     def detect(self, row: Mapping[str, Any]) -> bool:
         return "prompt" in row and "completion" in row

@@ -19,6 +19,7 @@ class Text(Format):
     summary: ClassVar[str] = "Plain text; every token is learned."
     columns: ClassVar[str] = '{"text": ...}, or a bare text per line'
     trains_whole_text: ClassVar[bool] = True
+    templated: ClassVar[bool | None] = False
 
     def detect(self, row: Mapping[str, Any]) -> bool:
         return isinstance(row.get("text"), str) and _SAID_ELSEWHERE.isdisjoint(row)

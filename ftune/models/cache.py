@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,11 +30,12 @@ def content_hash(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = _sha256(path)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two processes may hash the same file at once.
-    with tempfile.NamedTemporaryFile("w", dir=note.parent, suffix=PARTIAL_SUFFIX, delete=False) as own:
-        json.dump({"stamp": stamp, "sha256": digest}, own)
-    Path(own.name).replace(note)
+    with contextlib.suppress(OSError):  # without a note it is read again next time
+        note.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: two processes may hash the same file at once.
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, suffix=PARTIAL_SUFFIX, delete=False) as own:
+            json.dump({"stamp": stamp, "sha256": digest}, own)
+        Path(own.name).replace(note)
     return digest
 
 

@@ -13,7 +13,7 @@ from ftune.errors import Problem, RecipeError, RunError
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, damaged, silent
-from ftune.recipe.schema import Model
+from ftune.recipe.schema import Model, Recipe
 from ftune.resolve.spec import RunSpec
 
 ADAPTER = "adapter_config.json"
@@ -49,7 +49,7 @@ def of_run(directory: Path) -> Finished:
         what = f"the run `{directory}` has no finished model"
         fix = f"let it finish: ftune resume {directory}"
         raise RunError(Problem(rule="no-finished-model", what=what, why=f"`{folder}` is missing", fix=fix))
-    return of_folder(folder, _recipe_model(directory))
+    return of_folder(folder, recipe.model if (recipe := recipe_of(directory)) else None)
 
 
 def of_folder(folder: Path, recipe_model: Model | None = None) -> Finished:
@@ -91,12 +91,13 @@ def _attach(model: Any, folder: Path) -> Any:
     return adapted.eval()
 
 
-def _recipe_model(directory: Path) -> Model | None:
+def recipe_of(directory: Path) -> Recipe | None:
+    """Return what a run was told to do, as far as it is a run's directory."""
     path = directory / rundir.RUN
     if not path.is_file():
         return None
     try:
-        return RunSpec.from_json(path.read_text(encoding="utf-8")).recipe.model
+        return RunSpec.from_json(path.read_text(encoding="utf-8")).recipe
     except (OSError, ValueError, KeyError, TypeError) as error:
         fix = "restore it from a copy, or name the model's own folder"
         raise RunError(Problem(rule="run-damaged", what=f"`{path}` cannot be read", why=str(error), fix=fix)) from None

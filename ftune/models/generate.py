@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from ftune.plugin import Turn
+from ftune.errors import Problem, RecipeError
+from ftune.models.load import max_positions
+from ftune.plugin import PlainText, Turn
 
-Prompt = str | tuple[Turn, ...]
+Prompt = str | tuple[Turn, ...] | PlainText
+"""A bare text is a user's turn where the tokenizer has a template."""
 
 
 def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[str]:
@@ -18,11 +21,11 @@ def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_
     answers = []
     with answering(model):
         for prompt in prompts:
-            ids = encode(tokenizer, prompt).to(next(model.parameters()).device)
+            ids, most = fitted(model, encode(tokenizer, prompt), max_new_tokens)
             made = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=most,
                 **settings(model, tokenizer),
             )
             answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
@@ -30,24 +33,46 @@ def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
-    """Return token ids (1, n): a conversation through the chat template, text as it is.
-
-    A bare text is a user's turn where the tokenizer has a template.
-    """
-    if not tokenizer.chat_template:
-        text = prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)
+    """Return token ids (1, n): a conversation through the chat template, plain text as it was trained."""
+    if isinstance(prompt, PlainText) or not tokenizer.chat_template:
+        text = prompt.text if isinstance(prompt, PlainText) else prompt
+        text = text if isinstance(text, str) else "\n".join(turn.content for turn in text)
         ids = tokenizer(text, add_special_tokens=True)["input_ids"]
         ids = _without_end(ids, tokenizer)
     else:
         turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
         # The template writes the beginning-of-text token itself: a second one would be unlike training.
-        text = tokenizer.apply_chat_template(
-            [turn.as_message() for turn in turns], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_templated(tokenizer, turns), add_special_tokens=False)["input_ids"]
     if not ids:
         ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0]
     return torch.tensor([ids], dtype=torch.long)
+
+
+def _templated(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [turn.as_message() for turn in turns], tokenize=False, add_generation_prompt=True
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        what = f"the chat template refuses the conversation: {error}"
+        fix = f"the roles are: {', '.join(turn.role for turn in turns)}; ask with those the model knows"
+        raise RecipeError(Problem("template-refuses", what, fix=fix)) from error
+    return str(text)
+
+
+def fitted(model: Any, ids: torch.Tensor, max_new_tokens: int) -> tuple[torch.Tensor, int]:
+    """Return the ids on the model's device and how many may follow: beyond its positions a model fails or rambles.
+
+    What is too long loses its beginning, and the answer keeps a quarter of the positions.
+    """
+    ids = ids.to(next(model.parameters()).device)
+    most = max_positions(model)
+    if most is None or ids.shape[1] + max_new_tokens <= most:
+        return ids, max_new_tokens
+    new = max(most - ids.shape[1], min(max_new_tokens, max(1, most // 4)))
+    return ids[:, -max(1, most - new) :], new
 
 
 def _without_end(ids: list[int], tokenizer: Any) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,13 +37,24 @@ def converted(path: Path, name: str, say: Say) -> Path:
     folder = cache_directory() / "models" / f"{Path(name).stem}-{_LAYOUT}-{content_hash(path)[:16]}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _require_writable(folder.parent)
     with FileLock(str(folder) + ".lock"):  # a second process waits here, then finds the copy made
         if not folder.is_dir():
             say(f"converting {name} once to {folder} (about half a minute)")
             with whole_directory(folder) as partial:
                 _convert(path, partial)
     return folder
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"cannot write the converted model to `{folder}`"
+        fix = "set FTUNE_CACHE to a folder you can write to"
+        raise MachineError(Problem(rule="cache", what=what, why=str(error), fix=fix)) from None
 
 
 def _convert(path: Path, folder: Path) -> None:

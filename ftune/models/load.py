@@ -40,8 +40,12 @@ def read_tokenizer(folder: str, *, trust_remote_code: bool = False, say: Say = s
         raise _package_missing(error) from None
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise _no_tokenizer(folder, error) from error
-    if tokenizer.pad_token is None:
+    lacking = tokenizer.pad_token is None
+    if lacking:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        say("the tokenizer has no padding token: padding with its first token, which is never learnt as such")
+    elif lacking:
         say(f"the tokenizer has no padding token: padding with `{tokenizer.pad_token}`, which is never learnt as such")
     return tokenizer
 

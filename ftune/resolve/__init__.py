@@ -10,13 +10,14 @@ from typing import Any
 from ftune.errors import DataError, MachineError, Problem, RecipeError
 from ftune.machine import Machine
 from ftune.recipe import Loaded, order, read, validate
+from ftune.recipe.schema import Recipe
 from ftune.resolve import files
 from ftune.resolve.decide import decide
 from ftune.resolve.huggingface import training_arguments
 from ftune.resolve.spec import Decision, RunSpec
 from ftune.rules import check, is_machine_rule
 
-__all__ = ["Decision", "RunSpec", "examine", "findings", "raise_errors", "resolve"]
+__all__ = ["Decision", "RunSpec", "data_files", "examine", "findings", "raise_errors", "resolve"]
 
 _SEVERITIES = ("error", "warning", "note")
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -53,12 +54,17 @@ def raise_errors(problems: list[Problem]) -> None:
     raise RecipeError(*errors)
 
 
+def data_files(recipe: Recipe) -> list[str]:
+    """Return what a decided recipe learns from: its data and the template that renders them."""
+    template = [recipe.data.chat_template] if recipe.data.chat_template else []
+    return files.sources(recipe.data.train) + files.sources(recipe.data.eval) + template
+
+
 def resolve(loaded: Loaded, machine: Machine, *, fingerprints: bool = True) -> RunSpec:
     """Return everything decided; `fingerprints` reads the data files once (1 GB takes about 2 s)."""
     from ftune import __version__
 
     recipe, decisions = decide(loaded, machine)
-    named = files.sources(recipe.data.train) + files.sources(recipe.data.eval)
     output = str(Path(recipe.training.output_dir).expanduser().resolve())
     recipe = replace(recipe, training=recipe.training.model_copy(update={"output_dir": output}))
     return RunSpec(
@@ -67,7 +73,7 @@ def resolve(loaded: Loaded, machine: Machine, *, fingerprints: bool = True) -> R
         decisions=decisions,
         recipe_text=loaded.source.text,
         overrides=loaded.overrides,
-        data_fingerprint=files.fingerprint(named) if fingerprints else {},
+        data_fingerprint=files.fingerprint(data_files(recipe)) if fingerprints else {},
         versions={name: machine.packages[name] for name in _PACKAGES if name in machine.packages},
         device_type="cuda" if machine.gpus else "cpu",
         ftune_version=__version__,

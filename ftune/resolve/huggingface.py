@@ -31,7 +31,6 @@ _SAME = (
     "logging_steps",
     "eval_strategy",
     "save_strategy",
-    "save_total_limit",
     "run_name",
 )
 
@@ -61,6 +60,10 @@ def training_arguments(recipe: Recipe, *, device_type: str) -> dict[str, Any]:
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "save_only_model": False,
+        # Each rank reads the stream itself and takes its share; sent from the first one, unequal batches cannot be cut.
+        "accelerator_config": {"dispatch_batches": False},
+        # Every trained weight takes part in every step; looking for others costs a pass over the graph.
+        "ddp_find_unused_parameters": False,
     }
     if training.eval_strategy == "no":
         arguments["metric_for_best_model"] = None

@@ -48,6 +48,8 @@ class RunSpec:
     def from_json(text: str) -> RunSpec:
         """Return the RunSpec of a `run.json`; raises ValueError, KeyError or TypeError where it is none."""
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
         values.pop("seed", None)
         values["recipe"] = Recipe.from_dict(values["recipe"])
         values["decisions"] = tuple(Decision(**decision) for decision in values["decisions"])

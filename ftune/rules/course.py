@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ftune.recipe.schedules import Polynomial
 from ftune.rules.rule import Facts, Rule
+
+
+def _between_steps(value: float | None) -> bool:
+    return value is not None and value > 1 and value != int(value)
+
+
+def _whole(key: str, **sections: dict[str, Any]) -> Rule:
+    """Return the rule that a number of steps above 1 has no fraction: Hugging Face would cut it off in silence."""
+    return Rule(
+        id=f"{key.replace('_', '-')}-whole",
+        at=f"training.{key}",
+        when=lambda f: _between_steps(getattr(f.recipe.training, key)),
+        what=f"{key} is neither a number of steps nor a share of them",
+        because="from 1 on it counts whole steps; below 1 it is a fraction of all steps",
+        instead=f"write a whole number, or a fraction such as {key}: 0.1",
+        bad={"training": {key: 2.5}, **sections},
+        good={"training": {key: 2}, **sections},
+    )
 
 
 def _evaluates(facts: Facts) -> bool:
@@ -113,6 +133,9 @@ RULES: tuple[Rule, ...] = (
         bad={"training": {"save_steps": 100, "save_strategy": "epoch"}},
         good={"training": {"save_steps": 100, "save_strategy": "steps"}},
     ),
+    _whole("warmup_steps"),
+    _whole("save_steps"),
+    _whole("eval_steps", data={"eval": 0.05}),
     Rule(
         id="no-steps",
         at="training.max_steps",

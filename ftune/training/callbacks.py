@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import sys
 import threading
@@ -28,10 +29,17 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         self.path = directory / rundir.METRICS
         self.progress = progress
 
-    def forget_after(self, step: int) -> None:
-        """Drop what a stopped run logged beyond the checkpoint it goes on from: it will be logged again."""
+    def forget_after(self, step: int, *, evaluated: bool) -> None:
+        """Drop what a stopped run logged beyond the checkpoint it goes on from: it will be logged again.
+
+        `evaluated` says whether the evaluation at that very step came before the checkpoint or after it.
+        """
         if self.path.exists():
-            rundir.write_lines(self.path, [line for line in rundir.read_whole_lines(self.path) if line["step"] <= step])
+            lines = rundir.read_whole_lines(self.path)
+            kept = [
+                line for line in lines if line["step"] < step or (line["step"] == step and _before(line, evaluated))
+            ]
+            rundir.write_lines(self.path, kept)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -46,11 +54,18 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             return
         names = ("eval_loss",) if "eval_loss" in logs else LOGGED
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
-        line |= {name: logs[name] for name in names if name in logs}
+        # JSON has no NaN: an infinite norm, such as fp16's first steps have, is null.
+        line |= {name: logs[name] if math.isfinite(logs[name]) else None for name in names if name in logs}
         line["time"] = round(time.time(), 3)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.progress.show(line, state.max_steps)
+        seconds = logs.get("seconds_per_step")
+        left = None if seconds is None else seconds * (state.max_steps - state.global_step)
+        self.progress.show(line, state.max_steps, left)
+
+
+def _before(line: dict[str, Any], evaluated: bool) -> bool:
+    return evaluated or "eval_loss" not in line
 
 
 class SaveAfterEvaluation(TrainerCallback):  # type: ignore[misc]
@@ -63,7 +78,7 @@ class SaveAfterEvaluation(TrainerCallback):  # type: ignore[misc]
         self.postponed = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if control.should_save and args.eval_strategy == "epoch" and float(state.epoch or 0).is_integer():
+        if control.should_save and args.eval_strategy == "epoch" and _epoch_is_over(state):
             control.should_save, self.postponed = False, True
         return control
 
@@ -71,6 +86,10 @@ class SaveAfterEvaluation(TrainerCallback):  # type: ignore[misc]
         if self.postponed:
             control.should_save, self.postponed = True, False
         return control
+
+
+def _epoch_is_over(state: Any) -> bool:
+    return float(state.epoch or 0.5).is_integer()
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
@@ -101,12 +120,14 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self._everywhere(args) and not control.should_training_stop:
             self.stopped = True
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            if not _epoch_is_over(state):
+                control.should_save = control.should_training_stop = True
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.stopped:  # the epoch was left, not finished: its evaluation belongs to the resumed run
+        if self.stopped and _epoch_is_over(state):  # with the evaluation that is due now
+            control.should_save = control.should_training_stop = True
+        elif self.stopped:  # the epoch was left, not finished: its evaluation belongs to the resumed run
             control.should_evaluate = control.should_save = False
         return control
 

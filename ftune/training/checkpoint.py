@@ -66,12 +66,12 @@ def remove_partial(directory: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def prune(directory: Path, *, keep: int | None, best: str | None) -> None:
+def prune(directory: Path, *, keep: int | None, best: Path | None) -> None:
     """Delete the oldest checkpoints beyond `keep`; the best one stays besides."""
     if keep is None:
         return
     for path in rundir.checkpoints(directory)[:-keep]:
-        if best is None or path.name != Path(best).name:
+        if best is None or path.name != best.name:
             shutil.rmtree(path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ftune import rundir
+from ftune import plugin, rundir
 from ftune.errors import FtuneError, Interrupted, Problem, RunError
 from ftune.resolve import RunSpec
 from ftune.training import checkpoint
@@ -55,7 +55,7 @@ def _out_of_memory(error: BaseException, spec: RunSpec) -> Problem:
         )
     if not training.gradient_checkpointing:
         ways.append("gradient_checkpointing: true")
-    if spec.recipe.tuning.method == "full":
+    if not plugin.tuning(spec.recipe.tuning.method).frozen_base:
         ways.append("tuning: {method: lora}")
     why = str(error).split("\n", maxsplit=1)[0][:200]
     fix = "; or ".join(ways) or f"a lower data.max_length than {spec.recipe.data.max_length}"

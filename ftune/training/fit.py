@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
+
+import datasets
+import pyarrow.compute
+import torch
 
 from ftune.data.prepare import Prepared
 from ftune.errors import Problem, RecipeError
@@ -22,6 +28,88 @@ def check_lengths(recipe: Recipe, data: Prepared, model: object) -> None:
     why = f"the longest row has {longest} tokens"
     fix = f"set data.max_length: {most}"
     raise RecipeError(Problem("max-length", f"this model knows {most} positions", why=why, fix=fix))
+
+
+def check_packing(recipe: Recipe, model: Any) -> None:
+    """Raise RecipeError where packed rows would see each other: some architectures ignore where a document begins."""
+    if not recipe.data.packing:
+        return
+    training = model.training
+    model.eval()
+    try:
+        moved = _leak(recipe, model)
+    except (TypeError, ValueError) as error:
+        raise _mixes_rows(f"it does not take the positions that say where a row begins: {error}") from error
+    finally:
+        model.train(training)
+    if moved:
+        raise _mixes_rows("other words in one row changed what it says in the next row of the sequence")
+
+
+def _leak(recipe: Recipe, model: Any) -> bool:
+    """Return whether the second of two packed documents comes out otherwise when the first one is changed."""
+    length, rows = 8, model.get_input_embeddings().num_embeddings
+    weight = next(model.parameters())
+    ids = torch.arange(2 * length, device=weight.device)[None] % rows
+    changed = ids.clone()
+    changed[:, :length] = (ids[:, :length] + max(1, rows // 2)) % rows
+    positions = torch.arange(length, device=weight.device).repeat(2)[None]
+    settings = recipe.training
+    mixed = torch.bfloat16 if settings.bf16 is True else torch.float16 if settings.fp16 is True else None
+    # FlashAttention knows 16 bits only, which a float32 model has under autocast alone.
+    narrow = torch.autocast(weight.device.type, dtype=mixed) if mixed else contextlib.nullcontext()
+    with torch.no_grad(), narrow:
+        first, second = (
+            model(input_ids=each, position_ids=positions, use_cache=False).logits[:, length:].float()
+            for each in (ids, changed)
+        )
+    rounding = 1e-4 if mixed is None and weight.dtype == torch.float32 else 2e-2
+    return bool((first - second).abs().max() > rounding * first.abs().max())
+
+
+def _mixes_rows(why: str) -> RecipeError:
+    what = "this model lets packed rows see each other"
+    return RecipeError(Problem("packing-mixes-rows", what, why=why, fix="set data.packing: false"))
+
+
+def check_vocabulary(tokenizer: Any, model: Any, data: Prepared | None = None) -> None:
+    """Raise RecipeError where the tokenizer writes ids for which the model has no embedding.
+
+    Where the rows have all been tokenised, only ids that are in them count: some models ship names for tokens they do
+    not have. Padding is replaced by the collator.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    largest = _largest_id(data)
+    if largest is not None:
+        wrong = [token for number, token in sorted(beyond.items()) if number <= largest] if largest >= rows else []
+    else:
+        wrong = [token for number, token in sorted(beyond.items()) if _may_occur(tokenizer, number, token)]
+    if wrong:
+        named = ", ".join(f"`{token}`" for token in wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
+        why = f"the model has embeddings for {rows} tokens, the tokenizer's ids go up to {max(beyond)}"
+        fix = "save the model with resize_token_embeddings(len(tokenizer)), or use the tokenizer that belongs to it"
+        raise RecipeError(Problem("vocabulary", f"the model does not know the tokens {named}", why=why, fix=fix))
+
+
+def _largest_id(data: Prepared | None) -> int | None:
+    """Return the largest id in the rows; None where not all of them have been seen."""
+    if data is None or not isinstance(data.train, datasets.Dataset):
+        return None
+    parts = [data.train, *([data.eval] if data.eval is not None else [])]
+    found = [pyarrow.compute.max(pyarrow.compute.list_flatten(part.data.column("input_ids"))).as_py() for part in parts]
+    return max([number for number in found if number is not None], default=None)
+
+
+def _may_occur(tokenizer: Any, number: int, token: str) -> bool:
+    if number in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        return True
+    added = tokenizer.added_tokens_decoder.get(number)
+    return number != tokenizer.pad_token_id and (
+        added is None or not added.special or token in str(tokenizer.chat_template or "")
+    )
 
 
 def check_room(trainer: FtuneTrainer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any, Protocol
 
 from ftune.units import format_bytes, format_duration
@@ -18,7 +17,7 @@ class Progress(Protocol):
 
     def advance(self, step: int) -> None: ...
 
-    def show(self, line: dict[str, Any], steps: int) -> None: ...
+    def show(self, line: dict[str, Any], steps: int, seconds_left: float | None) -> None: ...
 
     def close(self) -> None: ...
 
@@ -42,7 +41,7 @@ class Silent:
     def advance(self, step: int) -> None:
         pass
 
-    def show(self, line: dict[str, Any], steps: int) -> None:
+    def show(self, line: dict[str, Any], steps: int, seconds_left: float | None) -> None:
         pass
 
     def close(self) -> None:
@@ -52,23 +51,17 @@ class Silent:
 class PlainLines:
     """A line per logged step, greppable."""
 
-    def __init__(self) -> None:
-        self.first_step = 0
-        self.began = time.perf_counter()
-
     def say(self, text: str) -> None:
         print(text, flush=True)
 
     def start(self, step: int, steps: int) -> None:
-        self.first_step, self.began = step, time.perf_counter()
+        pass
 
     def advance(self, step: int) -> None:
         pass
 
-    def show(self, line: dict[str, Any], steps: int) -> None:
-        done = line["step"] - self.first_step
-        left = (time.perf_counter() - self.began) / done * (steps - line["step"]) if done > 0 else 0.0
-        end = f"  {format_duration(left)} left" if done > 0 and "loss" in line else ""
+    def show(self, line: dict[str, Any], steps: int, seconds_left: float | None) -> None:
+        end = f"  {format_duration(seconds_left)} left" if seconds_left is not None else ""
         self.say(f"step {line['step']}/{steps}  {in_words(line)}{end}")
 
     def close(self) -> None:
@@ -104,7 +97,7 @@ class Bar:
     def advance(self, step: int) -> None:
         self.bar.update(self.task, completed=step)
 
-    def show(self, line: dict[str, Any], steps: int) -> None:
+    def show(self, line: dict[str, Any], steps: int, seconds_left: float | None) -> None:
         if "eval_loss" in line or self.task is None:
             self.say(f"step {line['step']}  {in_words(line)}")
         else:
@@ -121,7 +114,7 @@ def in_words(line: dict[str, Any]) -> str:
     parts = [f"loss {line['loss']:.4f}"]
     if "learning_rate" in line:
         parts.append(f"lr {line['learning_rate']:.2e}")
-    if "grad_norm" in line:
+    if line.get("grad_norm") is not None:
         parts.append(f"grad {line['grad_norm']:.2f}")
     parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
     parts.append(format_bytes(line["peak_memory_bytes"]))

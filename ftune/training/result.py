@@ -41,25 +41,25 @@ def finish(
     """Save what there is to save and write the result; raises Interrupted where the user stopped the run."""
     if stopped:
         result = _result(trainer, "interrupted", wall_seconds)
-        _write(trainer, result)
+        _write(trainer, result, shown)
         shown.close()
         saved = rundir.checkpoint_name(trainer.state.global_step)
         fix = f"go on with: ftune resume {trainer.directory}"
         raise Interrupted(
             Problem("interrupted", f"stopped at step {trainer.state.global_step}; saved {saved}", fix=fix)
         )
-    best = trainer.state.best_model_checkpoint
+    best = trainer.best_checkpoint()
     if trainer.recipe.training.load_best_model_at_end and best is not None:
-        trainer.load_best(Path(best))
-    evaluated = trainer.last_evaluation is not None and trainer.last_evaluation[0] == trainer.state.global_step
-    if trainer.eval_dataset is not None and not evaluated:
-        trainer.evaluate()
+        trainer.load_best(best)
+    trainer.stop_if_weights_not_finite()
+    if trainer.eval_dataset is not None and not trainer.evaluated_at(trainer.state.global_step):
+        trainer._determine_best_metric(trainer.evaluate(), None)
     _save_model(trainer)
     answers = samples.ask("after")
     shown.close()
     samples.show(answers)
     result = _result(trainer, "finished", wall_seconds)
-    _write(trainer, result)
+    _write(trainer, result, shown)
     shown.say(_summary(result))
     return result
 
@@ -85,7 +85,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
 def _result(trainer: FtuneTrainer, status: str, wall_seconds: float) -> RunResult:
     meter = trainer.meter
     trainer.close_meter()
-    best = trainer.state.best_model_checkpoint
+    best = trainer.best_checkpoint()
     return RunResult(
         directory=str(trainer.directory),
         status=status,
@@ -98,14 +98,26 @@ def _result(trainer: FtuneTrainer, status: str, wall_seconds: float) -> RunResul
         wall_seconds=round(wall_seconds, 3),
         peak_memory_bytes=peak_memory_bytes(trainer.args.device),
         predicted_peak_bytes=None,
-        best_checkpoint=str(Path(best).relative_to(trainer.directory)) if best else None,
+        best_checkpoint=str(best.relative_to(trainer.directory)) if best else None,
     )
 
 
-def _write(trainer: FtuneTrainer, result: RunResult) -> None:
+def _write(trainer: FtuneTrainer, result: RunResult, shown: Progress) -> None:
     if trainer.is_world_process_zero():
         values = {name: value for name, value in asdict(result).items() if name != "directory"}
         rundir.write_text(trainer.directory / rundir.RESULT, json.dumps(values, indent=2) + "\n")
+        _draw(trainer.directory, shown)
+
+
+def _draw(directory: Path, shown: Progress) -> None:
+    """Write `report.html`; whatever goes wrong there, the run itself is done and saved."""
+    try:
+        from ftune import report
+
+        report.write(directory)
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        shown.say(f"no {rundir.REPORT} was written: {why}; try again: ftune report {directory}")
 
 
 def _summary(result: RunResult) -> str:

@@ -6,20 +6,22 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from ftune import plugin, rundir
-from ftune.data.collate import Collator
+from ftune.data.collate import Collator, padding_id
 from ftune.data.prepare import Prepared, prepare
+from ftune.errors import RecipeError
 from ftune.models.cache import cache_directory
 from ftune.models.load import load_model, load_tokenizer
 from ftune.models.quiet import quiet
-from ftune.resolve import RunSpec
+from ftune.resolve import Decision, RunSpec
 from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
-from ftune.training.fit import check_lengths, check_room
+from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
 from ftune.training.trainer import FtuneTrainer, Parts
@@ -45,17 +47,21 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
         checkpoints.remove_partial(home)
         tokenizer = load_tokenizer(recipe.model, shown.say)
         data = _prepare(spec, tokenizer)
-        spec = directory.settle(spec, format_found=data.format)
-        model = load_model(recipe.model, device_type=spec.device_type, say=shown.say)
+        if spec.recipe.data.format == "auto":
+            spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
+        spec, model = _load(spec, shown)
     recipe = spec.recipe
     _tell(data, shown)
     check_lengths(recipe, data, model)
+    check_vocabulary(tokenizer, model, data)
+    check_packing(recipe, model)
     set_seed(recipe.training.seed)
     with quiet():
         model = plugin.tuning(recipe.tuning.method).apply(model, recipe.tuning.options)
 
     flatten = recipe.model.attn_implementation.startswith("flash")
-    collator = Collator(tokenizer.pad_token_id, flatten=flatten)
+    padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
+    collator = Collator(padding, flatten=flatten)
     metrics, samples, stop = MetricsLog(home, shown), Samples(_prompts(spec, data), shown), StopOnRequest()
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
     if recipe.training.early_stopping_patience is not None:
@@ -69,15 +75,19 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
 
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     samples.trainer = trainer
+    trainer.stop = stop
+    if checkpoint is not None:
+        trainer.load_counts(checkpoint)
     if trainer.is_world_process_zero():
-        metrics.forget_after(step)
+        metrics.forget_after(step, evaluated=trainer.evaluated_at(step))
         samples.forget_after(step)
     if checkpoint is None:
         samples.before = samples.ask("before")
-    else:
-        trainer.load_counts(checkpoint)
     with stop.listening(), quiet():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and trainer.has_ended(checkpoint):
+            trainer.load_end(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return finish(trainer, samples, stopped=stop.stopped, wall_seconds=time.perf_counter() - started, shown=shown)
 
 
@@ -95,6 +105,20 @@ def _arguments(spec: RunSpec, *, fresh: bool) -> TrainingArguments:
     # With several GPUs and one process Hugging Face would split each batch over all of them (DataParallel).
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _load(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
+    """Load the model; where ftune chose an attention that this architecture lacks, it chooses again and says so."""
+    try:
+        return spec, load_model(spec.recipe.model, device_type=spec.device_type, say=shown.say)
+    except RecipeError as error:
+        chosen = any(decision.key == "model.attn_implementation" for decision in spec.decisions)
+        if not chosen or error.problems[0].rule != "attention-unsupported":
+            raise
+    decision = Decision("model.attn_implementation", "eager", "this architecture has no fused attention")
+    shown.say(f"{decision.key} = {decision.value}: {decision.why}")
+    spec = directory.settle(spec, decision)
+    return spec, load_model(spec.recipe.model, device_type=spec.device_type, say=shown.say)
 
 
 def _prepare(spec: RunSpec, tokenizer: object) -> Prepared:

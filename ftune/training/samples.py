@@ -8,7 +8,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ftune import rundir
+from ftune.data.detect import reads_plain_text
 from ftune.models.generate import Prompt, generate_answers
+from ftune.plugin import PlainText
+from ftune.recipe.schema import Data
 from ftune.training.progress import Progress
 from ftune.training.trainer import FtuneTrainer
 
@@ -28,6 +31,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         if trainer is None or not self.prompts or not trainer.is_world_process_zero():
             return []
         recipe = trainer.recipe
+        self.prompts = _as_trained(self.prompts, recipe.data)
         with trainer.aside(), trainer.autocast_smart_context_manager():
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             answers = generate_answers(
@@ -37,7 +41,8 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             for prompt, answer in zip(self.prompts, answers, strict=True):
                 step = trainer.state.global_step
                 row = {"step": step, "when": when, "prompt": as_data(prompt), "answer": answer}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                # Messages of a Parquet file may carry times and other values that JSON has no word for.
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         return answers
 
     def forget_after(self, step: int) -> None:
@@ -57,13 +62,23 @@ class Samples(TrainerCallback):  # type: ignore[misc]
     def show(self, after: list[str]) -> None:
         """Print each prompt with the answers before and after."""
         for index, (prompt, answer) in enumerate(zip(self.prompts, after, strict=False)):
-            text = prompt if isinstance(prompt, str) else prompt[-1].content
+            data = as_data(prompt)
+            text = data if isinstance(data, str) else str(data[-1]["content"])
             before = f"  before: {_one_line(self.before[index])}\n" if index < len(self.before) else ""
             self.progress.say(f"{_one_line(text)}\n{before}  after:  {_one_line(answer)}")
 
 
+def _as_trained(prompts: tuple[Prompt, ...], data: Data) -> tuple[Prompt, ...]:
+    """Return the prompts, the recipe's own texts among them as plain text where that is what was learned."""
+    if not any(isinstance(prompt, str) for prompt in prompts) or not reads_plain_text(data):
+        return prompts
+    return tuple(PlainText(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+
+
 def as_data(prompt: Prompt) -> Any:
     """Return a prompt as JSON-able data: text, or its messages."""
+    if isinstance(prompt, PlainText):
+        return prompt.text
     return prompt if isinstance(prompt, str) else [turn.as_message() for turn in prompt]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ftune import plugin, rundir
@@ -21,6 +21,7 @@ from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
 from ftune.recipe.schema import Recipe
 from ftune.training import checkpoint
+from ftune.training.callbacks import StopOnRequest
 from ftune.training.meter import Meter, peak_memory_bytes
 
 
@@ -45,6 +46,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         self.directory = Path(parts.recipe.training.output_dir)
         self.objective = plugin.objective(parts.recipe.objective.method)
         self.last_evaluation: tuple[int, float] | None = None
+        self.stop: StopOnRequest | None = None
         super().__init__(
             model=parts.model,
             args=parts.arguments,
@@ -108,13 +110,22 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
 
     def stop_if_not_finite(self) -> None:
         """Raise RunError once a loss was NaN or infinite: nothing learned after it is worth keeping."""
-        if bool(self._finite):
-            return
+        if not bool(self._finite):
+            self._refuse("the loss is not a number")
+
+    def stop_if_weights_not_finite(self) -> None:
+        """Raise RunError where weights about to be saved are not numbers; the last update is in no loss yet."""
+        self.stop_if_not_finite()
+        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
+        if not all(bool(torch.isfinite(weight).all()) for weight in trained):
+            self._refuse("weights are not numbers")
+
+    def _refuse(self, what: str) -> None:
         kept = rundir.checkpoints(self.directory)
         raise RunError(
             Problem(
                 "loss-not-finite",
-                f"the loss is not a number, at step {self.state.global_step} or shortly before",
+                f"{what}, at step {self.state.global_step} or shortly before",
                 why="weights or activations overflowed; training on would only write NaN over them",
                 fix="lower the learning rate, set max_grad_norm: 1.0, or compute in bf16 or float32; "
                 + (f"{kept[-1].name} is from before" if kept else "no checkpoint was written yet"),
@@ -126,6 +137,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             self.stop_if_not_finite()
             logs = {**logs, **self._read_meter()}
+            logs["seconds_per_step"] = self.meter.seconds / self.meter.total_steps
         elif "train_loss" in logs:
             return
         logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
@@ -151,6 +163,10 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         self.last_evaluation = (self.state.global_step, metrics["eval_loss"])
         return metrics
 
+    def evaluated_at(self, step: int) -> bool:
+        """Return whether the last evaluation was that of a step."""
+        return self.last_evaluation is not None and self.last_evaluation[0] == step
+
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **named: Any) -> EvalLoopOutput:
         """Return the mean loss over all trained tokens of all rows; the Trainer's would be a mean of batch means."""
         model = self._wrap_model(self.model, training=False)
@@ -160,7 +176,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 count = (batch["labels"][:, 1:] != IGNORED).sum()
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), self.autocast_smart_context_manager():
                     loss = self.objective.loss(
                         model, batch, num_items=1, label_smoothing=0.0, options=self.recipe.objective.options
                     )
@@ -179,23 +195,28 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write everything a resume needs; the folder takes its name only when it is whole and read back."""
-        self.stop_if_not_finite()
+        self.stop_if_weights_not_finite()
         final = self.directory / rundir.CHECKPOINTS / rundir.checkpoint_name(self.state.global_step)
         with self.aside():
             if self.accelerator.num_processes > 1:
                 self._save_together(final)
             else:
                 self._save_alone(final)
-        if self.state.best_global_step:
-            best = final.with_name(rundir.checkpoint_name(self.state.best_global_step))
-            self.state.best_model_checkpoint = str(best) if best.exists() else None
         if self.args.should_save:
-            checkpoint.prune(
-                self.directory,
-                keep=self.recipe.training.save_total_limit,
-                best=self.state.best_model_checkpoint if self.recipe.training.load_best_model_at_end else None,
-            )
+            checkpoint.prune(self.directory, keep=self.recipe.training.save_total_limit, best=self.best_checkpoint())
         self.accelerator.wait_for_everyone()
+
+    def _stops_early(self) -> bool:
+        """Return whether the run ends here by its own rules, before its last step and not on request."""
+        requested = self.stop is not None and self.stop.stopped
+        return self.control.should_training_stop and not requested and self.state.global_step < self.state.max_steps
+
+    def best_checkpoint(self) -> Path | None:
+        """Return the checkpoint of the lowest evaluation loss, where there is one; a moved run finds it again."""
+        if not self.state.best_global_step:
+            return None
+        path = self.directory / rundir.CHECKPOINTS / rundir.checkpoint_name(self.state.best_global_step)
+        return path if path.is_dir() else None
 
     def _save_alone(self, final: Path) -> None:
         try:
@@ -234,20 +255,56 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
             self.state.save_to_json(str(folder / "trainer_state.json"))
         meters = self.accelerator.gather(self.meter.window[None]) if self.accelerator.num_processes > 1 else None
         if self.args.should_save:
+            ranks = self.accelerator.num_processes
             state = {**self.meter.state(), "last_evaluation": self.last_evaluation}
+            state |= {"ranks": ranks, "stopped_early": self._stops_early()}
             if meters is not None:
                 state["window_by_rank"] = meters.tolist()
             (folder / checkpoint.STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _init_training_state(self, max_steps: int, *more: Any) -> Any:
+        """Take the intervals of logging, evaluating and saving from the settings: a checkpoint holds the old ones."""
+        found = super()._init_training_state(max_steps, *more)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Set the rate by the schedule: the saved one is the old schedule's, which may have ended at zero."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return
+        schedule = self.lr_scheduler
+        for group, peak, factor in zip(
+            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = peak * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the metrics show
 
     def load_counts(self, folder: Path) -> None:
         """Go on counting from a checkpoint."""
         state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
         if (evaluated := state.pop("last_evaluation")) is not None:
             self.last_evaluation = (evaluated[0], evaluated[1])
-        by_rank = state.pop("window_by_rank", None)
-        if by_rank is not None and len(by_rank) == self.accelerator.num_processes:
+        by_rank, _, _ = state.pop("window_by_rank", None), state.pop("ranks"), state.pop("stopped_early")
+        if by_rank is not None:
             state["window"] = by_rank[self.args.process_index]
         self.meter.load(state)
+        # Hugging Face restores callbacks only together with its control, which may say that the run was to stop.
+        saved = TrainerState.load_from_json(str(folder / "trainer_state.json")).stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and type(callback).__name__ in saved:
+                vars(callback).update(saved[type(callback).__name__]["attributes"])
+
+    def has_ended(self, folder: Path) -> bool:
+        """Return whether a checkpoint was the run's last: killed after it, a run has only its result to write."""
+        state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
+        step = int(folder.name.rpartition("-")[2])
+        return bool(state["stopped_early"]) or step >= self.planned_steps()
+
+    def load_end(self, folder: Path) -> None:
+        """Take the weights and the state of the run's last checkpoint."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
 
     def _read_meter(self) -> dict[str, float]:
         ranks = self.accelerator.num_processes
@@ -258,9 +315,9 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         self._read_meter()
 
     def load_best(self, folder: Path) -> None:
-        """Take the weights of a checkpoint; optimizer and schedule stay where they are."""
+        """Take the weights of the best checkpoint, whose loss was measured when it was saved."""
         self._load_from_checkpoint(str(folder))
-        self.last_evaluation = (-1, math.nan)
+        self.last_evaluation = (self.state.global_step, float(self.state.best_metric))
 
     def planned_steps(self) -> int:
         """Return how many optimizer steps the run will take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -56,24 +57,46 @@ class LoRA(Tuning):
             use_dora=options.use_dora,
             init_lora_weights=options.init_lora_weights,
         )
+        _check_names(model, options)
         model.requires_grad_(False)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
-            raise RecipeError(_no_target(model, options.target_modules, str(error))) from None
+            raise RecipeError(_refused(model, options.target_modules, str(error))) from None
+        for weight in adapted.parameters():
+            # Copies of whole layers (modules_to_save) come in the base's dtype, where small updates are lost.
+            if weight.requires_grad and weight.dtype.itemsize < 4:
+                weight.data = weight.data.float()
+        return adapted
 
 
-def _no_target(model: Any, wanted: str | list[str], why: str) -> Problem:
+def _check_names(model: Any, options: LoRAOptions) -> None:
+    """Refuse each name that is no layer: PEFT passes over one as long as another matches."""
+    layers = {name for name, _ in model.named_modules()}
+    ends = {name.rpartition(".")[2] for name in layers}
+    for key in ("target_modules", "modules_to_save"):
+        wanted = getattr(options, key)
+        for name in wanted if isinstance(wanted, list) else ():
+            if not any(layer == name or layer.endswith("." + name) for layer in layers):
+                near = difflib.get_close_matches(name, ends, n=1)
+                fix = f"did you mean {near[0]}?" if near else _linear_layers(model)
+                raise RecipeError(Problem("lora-targets", f"tuning.{key}: this model has no layer `{name}`", fix=fix))
+
+
+def _refused(model: Any, wanted: str | list[str], why: str) -> Problem:
     """Say which layers there are: PEFT's own message does not."""
+    first = why.split("\n", maxsplit=1)[0]
+    if "arget modules" not in first:
+        return Problem("lora-options", "PEFT refuses these options of lora", why=first, fix="`ftune explain lora`")
+    what = f"no adapter can be put on {wanted!r}"
+    return Problem("lora-targets", what, why=first, fix=_linear_layers(model) + "; or write target_modules: all-linear")
+
+
+def _linear_layers(model: Any) -> str:
     import torch
 
     layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return Problem(
-        "lora-targets",
-        f"no adapter can be put on {wanted!r}",
-        why=why.split("\n", maxsplit=1)[0],
-        fix="this model's linear layers are " + ", ".join(sorted(layers)) + "; or write target_modules: all-linear",
-    )
+    return "this model's linear layers are " + ", ".join(sorted(layers))
 
 
 plugin = LoRA()

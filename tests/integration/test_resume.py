@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -137,11 +138,11 @@ def test_ctrl_c_saves_and_exits_130(tmp_path: Path, tiny_model: Path, rows: Path
 
 
 def test_another_runs_directory_is_refused(tmp_path: Path, tiny_model: Path, rows: Path, whole: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
     values = recipe(tiny_model, rows, whole)
     with pytest.raises(RunError, match="ftune resume"):
         ftune.train(values)
-    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
@@ -220,9 +221,93 @@ def test_changed_data_are_refused(whole: Path, tmp_path: Path, tiny_model: Path,
 def test_a_finished_run_can_be_prolonged(whole: Path, tmp_path: Path, ftune: Any) -> None:
     run = shutil.copytree(whole, tmp_path / "copy")
     assert resume(ftune, run).returncode == 5
-    done = resume(ftune, run, "--set", "training.num_train_epochs=4")
+    process = start("resume", run, "--set", "training.num_train_epochs=6", "--set", "training.logging_steps=1")
+    assert wait_for(lambda: (run / "checkpoints" / "checkpoint-36").exists(), process)
+    process.kill()
+    process.communicate()
+    done = resume(ftune, run)  # the wish to go on longer is part of the run now
     assert done.returncode == 0, done.stderr
-    assert json.loads((run / "result.json").read_text())["steps"] == 36
+    assert json.loads((run / "result.json").read_text())["steps"] == 54
+    rates = {line["step"]: line["learning_rate"] for line in metrics(run) if "learning_rate" in line}
+    # Warmup over 6 of 54 steps, then half a cosine: the longer schedule counts from the first step on.
+    assert rates[28] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * (27 - 6) / 48)), rel=1e-9)
+
+
+def test_a_file_of_the_users_is_never_deleted(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    from ftune.errors import RecipeError
+
+    values = recipe(
+        tiny_model, rows, tmp_path / "run", tuning={"method": "lora", "target_modules": ["nothing_like_it"]}
+    )
+    with pytest.raises(RecipeError):
+        ftune.train(values)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"notes\.txt"):
+        ftune.train(recipe(tiny_model, rows, tmp_path / "run"))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def killed_copy(run: Path, target: Path, step: int) -> Path:
+    """Return a copy of a run as a kill after one of its checkpoints leaves it."""
+    copy = shutil.copytree(run, target)
+    shutil.rmtree(copy / "model")
+    (copy / "result.json").unlink()
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "the best, moved": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.05},
+    "early stopping": {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 0.05},
+    "a constant rate to the middle of an epoch": {"lr_scheduler_type": "constant", "max_steps": 11},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("last", [False, True])
+def test_what_else_a_run_remembers(name: str, last: bool, tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    from ftune.machine import probe
+    from ftune.training import resuming
+    from ftune.training.run import train
+
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": None,
+        "num_train_epochs": 3,
+        **CASES[name],
+    }
+    values = recipe(tiny_model, rows, tmp_path / "run", data={"eval": str(rows)}, tuning=TUNING, training=settings)
+    run = Path(ftune.train(values).directory)
+    steps = json.loads((run / "result.json").read_text())["steps"]
+    copy = killed_copy(run, tmp_path / "elsewhere", steps if last else steps - 1)
+    continued = resuming.reopen(copy, (), probe())
+    train(continued.spec, plain=True, checkpoint=continued.checkpoint)
+    assert_same_run(copy, run)
+    results = [json.loads((one / "result.json").read_text()) for one in (copy, run)]
+    assert results[0]["best_checkpoint"] == results[1]["best_checkpoint"]
+
+
+def test_a_stream_goes_on_in_its_second_pass(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    from ftune.machine import probe
+    from ftune.training import resuming
+    from ftune.training.run import train
+
+    settings = {"max_steps": 14, "save_strategy": "steps", "save_steps": 4, "save_total_limit": None}
+    data = {"streaming": True, "shuffle_buffer_size": 8}
+    run = Path(ftune.train(recipe(tiny_model, rows, tmp_path / "run", data=data, training=settings)).directory)
+    copy = killed_copy(run, tmp_path / "copy", 12)
+    continued = resuming.reopen(copy, (), probe())
+    train(continued.spec, plain=True, checkpoint=continued.checkpoint)
+    assert_same_run(copy, run)
+
+
+def test_held_out_rows_stay_held_out(whole: Path, tmp_path: Path, ftune: Any) -> None:
+    done = resume(ftune, copied(whole, tmp_path), "--set", "data.eval=0.25")
+    assert done.returncode == 5
+    assert "data.eval" in done.stderr
 
 
 def test_resume_of_nothing(tmp_path: Path, ftune: Any) -> None:

@@ -213,6 +213,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model: Path, rows: Path,
     assert 0.0 not in losses(tmp_path / "run")
 
 
+def test_weights_that_are_not_numbers_are_not_saved(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    """The last update of a run is in no loss: here 0 / 0 for rows of the embedding that no batch has."""
+    settings = {"optim": "adamw_torch", "optim_args": {"eps": 0}, "max_steps": 1}
+    with pytest.raises(RunError, match="weights are not numbers"):
+        ftune.train(recipe(tiny_model, rows, tmp_path / "run", training=settings))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 class TestEvaluation:
     def test_early_stopping_ends_with_the_best(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
         other = rows_file(tmp_path / "other.jsonl", 8, source=ROOT / "recipes" / "data" / "definitions.eval.jsonl")
@@ -385,11 +393,18 @@ class TestTwoRanks:
         values = recipe(
             tiny_model, rows, tmp_path / "run", tuning={"method": "lora", "lora_dropout": 0.2}, training=settings
         )
-        assert self.launch(written(tmp_path, values), "train").returncode == 0
+        first = self.launch(written(tmp_path, values), "train")
+        assert first.returncode == 0, first.stderr
+        assert "find_unused_parameters" not in first.stderr
         copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
         shutil.rmtree(copy / "model")
         shutil.rmtree(copy / "checkpoints" / "checkpoint-4")
         (copy / "result.json").unlink()
+        alone = subprocess.run(
+            [sys.executable, "-m", "ftune", "resume", str(copy)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert alone.returncode == 5
+        assert "torchrun --nproc_per_node 2" in alone.stderr
         done = self.launch(copy, "resume")
         assert done.returncode == 0, done.stdout + done.stderr
         assert same_bits(weights(copy), weights(tmp_path / "run"))

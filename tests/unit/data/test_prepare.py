@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from ftune.data.prepare import Prepared, prepare
 from ftune.errors import DataError
-from ftune.plugin import Turn
+from ftune.plugin import PlainText, Turn
 from ftune.recipe.schema import Data
 
 COUNTS = "rows", "tokens", "supervised_tokens", "cut_rows", "cut_tokens", "dropped_rows", "longest"
@@ -61,7 +62,8 @@ def test_several_sources_follow_each_other(tokenizer: Any, write_rows: Any) -> N
 def test_packing_holds_every_row_once(streaming: bool, tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
     path = write_rows(ROWS)
     alone = prepared(tokenizer, train=path).train
-    rows = list(prepared(tokenizer, tmp_path, train=path, packing=True, max_length=128, streaming=streaming).train)
+    made = prepared(tokenizer, tmp_path, train=path, packing=True, max_length=128, streaming=streaming).train
+    rows = list(made) if not streaming else list(itertools.islice(made, 20))
     assert len(rows) < 30
     assert all(len(row["input_ids"]) <= 128 for row in rows)
     found = []
@@ -71,7 +73,11 @@ def test_packing_holds_every_row_once(streaming: bool, tokenizer: Any, write_row
         for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
             assert row["position_ids"][start:end] == list(range(end - start))
             found.append((row["input_ids"][start:end], row["labels"][start:end]))
-    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in alone)
+    every = [(row["input_ids"], row["labels"]) for row in alone]
+    if streaming:  # a stream has no end: what is packed are its rows, whole
+        assert all(row in every for row in found)
+    else:
+        assert sorted(found) == sorted(every)
 
 
 def test_a_share_is_held_out_by_the_seed(tokenizer: Any, write_rows: Any) -> None:
@@ -200,9 +206,13 @@ def test_nothing_to_learn_from(
 def test_streaming_gives_the_same_rows_in_the_seeds_order(tokenizer: Any, write_rows: Any) -> None:
     wanted = {"train": write_rows(ROWS), "streaming": True, "shuffle_buffer_size": 20, "eval": 0.1}
     first = prepared(tokenizer, **wanted)
-    train = answers(tokenizer, first.train)
-    assert train == answers(tokenizer, prepared(tokenizer, **wanted).train)
-    assert sorted(train + answers(tokenizer, first.eval)) == sorted(EXPECTED)
+    count = 3 * (len(ROWS) - len(first.eval))
+    train = answers(tokenizer, itertools.islice(first.train, count))
+    assert train == answers(tokenizer, itertools.islice(prepared(tokenizer, **wanted).train, count))
+    held_out = answers(tokenizer, first.eval)
+    assert set(train) == set(EXPECTED) - set(held_out)
+    # Pass after pass: what the buffer still holds at the end is all that may be missing from an equal count.
+    assert sum(abs(train.count(answer) - 3) for answer in set(train)) <= 2 * 20
     assert train != sorted(train, key=EXPECTED.index)
     assert "train" not in first.statistics
 
@@ -218,12 +228,12 @@ def test_a_bad_row_in_a_stream_is_named(tokenizer: Any, write_rows: Any) -> None
 def test_plain_text_and_completions(make_tokenizer: Any, write_rows: Any) -> None:
     tokenizer = make_tokenizer(None)
     made = prepared(tokenizer, train=write_rows([{"text": "the cat sat on the mat and on the mat it sat"}]), whole=True)
-    assert made.prompts == ("the cat sat on the mat and on",)
+    assert made.prompts == (PlainText("the cat sat on the mat and on"),)
     row = made.train[0]
     assert row["labels"][1:] == row["input_ids"][1:]
     pairs = write_rows([{"prompt": "the cat", "completion": " sat"}])
     assert answers(tokenizer, prepared(tokenizer, train=pairs).train) == [" sat</s>"]
-    assert prepared(tokenizer, train=pairs).prompts == ("the cat",)
+    assert prepared(tokenizer, train=pairs).prompts == (PlainText("the cat"),)
     whole = prepared(tokenizer, train=pairs, completion_only_loss=False).train[0]
     assert whole["labels"][1:] == whole["input_ids"][1:]
     # The other switch is for conversations and leaves completions alone.
@@ -244,3 +254,23 @@ def test_what_will_surprise_is_said(make_tokenizer: Any, tokenizer: Any, write_r
     assert any("when to stop" in warning for warning in prepared(markless, train=path).warnings)
     pairs = write_rows([{"prompt": "what is the capi", "completion": "tal"}])
     assert any("a token spans" in warning for warning in prepared(tokenizer, train=pairs).warnings)
+
+
+def test_half_a_letter_is_found_by_its_row(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [dialogue("hi", "ho"), dialogue("hi \ud83d", "ho")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows.jsonl:2.*surrogate"):
+        prepared(tokenizer, train=str(path))
+
+
+def test_a_slow_tokenizer_is_refused_before_the_cache_asks_it(write_rows: Any, tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(DataError, match="ByT5Tokenizer does not tell"):
+        prepared(ByT5Tokenizer(), tmp_path / "cache", train=write_rows(ROWS))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tokenizer: Any, write_rows: Any) -> None:
+    made = prepared(tokenizer, Path("/proc/nowhere/tokens"), train=write_rows(ROWS))
+    assert answers(tokenizer, made.train) == EXPECTED

@@ -238,3 +238,21 @@ def test_hub_rows_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(read_rows("somebody/something", "test"))
     assert asked == {"name": "somebody/something", "split": "test", "streaming": True}
     assert [(row.file, row.number) for row in rows] == [("somebody/something/test", 1), ("somebody/something/test", 2)]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"text": ' + "9" * 5000 + "}]"])
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_json_that_python_cannot_hold(text: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"nested too deeply|limit"):
+        list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])
+def test_utf_16_is_named(encoding: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n', encoding=encoding)
+    with pytest.raises(DataError, match="-f UTF-16"):
+        list(read_rows(str(path)))

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from ftune.models.generate import encode, generate_answers
+from ftune.errors import RecipeError
+from ftune.models.generate import encode, fitted, generate_answers
 from ftune.models.load import load_model, load_tokenizer
-from ftune.plugin import Turn
+from ftune.plugin import PlainText, Turn
 from ftune.recipe.schema import Model
 
 
@@ -104,3 +105,31 @@ def test_under_autocast(model: Any, tokenizer: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         answers = generate_answers(model, tokenizer, ["Hello", "What?"], 4)
     assert len(answers) == 2
+
+
+def test_plain_text_is_continued_without_the_template(model: Any, tokenizer: Any) -> None:
+    assert encode(tokenizer, PlainText("Q: ")).tolist() == [tokenizer("Q: ")["input_ids"]]
+    assert encode(tokenizer, "Q: ").tolist() != encode(tokenizer, PlainText("Q: ")).tolist()
+
+
+def test_a_template_that_refuses_is_no_crash(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(RecipeError, match="System role not supported"):
+        encode(tokenizer, (Turn("system", "Be kind."), Turn("user", "Hi")))
+
+
+@pytest.mark.parametrize(("length", "wanted", "kept", "new"), [(10, 8, 10, 8), (250, 40, 216, 40), (900, 500, 192, 64),
+                                                              (10, 500, 10, 246)])  # fmt: skip
+def test_no_more_than_the_positions(model: Any, length: int, wanted: int, kept: int, new: int) -> None:
+    ids = torch.arange(length)[None]
+    fitting, most = fitted(model, ids, wanted)
+    assert fitting[0].tolist() == ids[0, -kept:].tolist()
+    assert most == new
+
+
+def test_learned_positions_are_not_left(tokenizer: Any) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    for prompt in ("x" * 100, "x"):
+        assert len(generate_answers(small, tokenizer, [PlainText(prompt)], 64)) == 1

@@ -1,0 +1,177 @@
+"""Going on with a stopped run: what must be as it was, what may be changed, and from which checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftune import rundir
+from ftune.errors import Problem, RunError
+from ftune.machine import Machine
+from ftune.recipe import Loaded, load, overrides, source
+from ftune.resolve import RunSpec, data_files, raise_errors, resolve
+from ftune.resolve.decide import settings_of
+from ftune.resolve.files import fingerprint
+from ftune.rules import check
+from ftune.training import checkpoint
+from ftune.training.directory import held
+
+MAY_CHANGE = (
+    "training.num_train_epochs",
+    "training.max_steps",
+    "training.per_device_eval_batch_size",
+    "training.logging_steps",
+    "training.eval_strategy",
+    "training.eval_steps",
+    "training.save_",
+    "training.sample_",
+    "training.report_to",
+    "training.run_name",
+    "training.dataloader_",
+    "training.early_stopping_",
+    "training.load_best_model_at_end",
+    "training.output_dir",
+)
+"""Settings that a run may go on with changed: they do not touch what was already learned."""
+FOUND_AGAIN = ("data.format", "data.train", "data.eval", "data.chat_template", "model.model_name_or_path")
+"""Settings that hold what was found when the run began; they are looked for anew only when they are named."""
+DAMAGED_SUFFIX = ".damaged"
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A run that goes on: what it runs, from where, and what the user should know."""
+
+    spec: RunSpec
+    checkpoint: Path | None
+    notes: tuple[str, ...]
+
+
+def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continued:
+    """Return what a stopped run goes on with; raises RunError where it cannot, saying what differs."""
+    before = _with_output(_read_spec(directory), directory.resolve())
+    if not changes and _status(directory) == "finished":
+        fix = "train longer: ftune resume DIR --set training.num_train_epochs=N; or talk to it: ftune chat DIR"
+        raise RunError(Problem("resume-finished", f"the run in {directory} is finished", fix=fix))
+    spec = _changed(directory, before, changes, machine) if changes else before
+    raise_errors(check(Loaded(spec.recipe, source.Source(rundir.RECIPE, spec.recipe_text, {})), machine))
+    _check_data(spec)
+    main = os.environ.get("RANK", "0") == "0"
+    with held(directory) if main else contextlib.nullcontext():
+        found, damaged = checkpoint.latest(directory)
+        if found is not None:
+            _check_ranks(found)
+        if main:
+            _put_aside(path for path, _ in damaged)
+            if changes:
+                _write_down(directory, spec)
+    notes = list(_differences(spec, machine))
+    notes += [f"{path.name} is damaged ({why}); going back to the one before" for path, why in damaged]
+    notes.append(f"going on from {found.name}" if found else "nothing was saved yet: starting from the beginning")
+    return Continued(spec, found, tuple(notes))
+
+
+def _read_spec(directory: Path) -> RunSpec:
+    path = directory / rundir.RUN
+    if not path.exists():
+        fix = "name the training.output_dir of a run; `ftune train RECIPE` starts one"
+        raise RunError(Problem("resume-directory", f"{directory} is not a run directory", why=f"no {path}", fix=fix))
+    try:
+        return RunSpec.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error).split("\n", maxsplit=1)[0]
+        fix = "start anew from the recipe.yaml beside it"
+        raise RunError(Problem("resume-damaged", f"{path} cannot be read", why=why, fix=fix)) from None
+
+
+def _with_output(spec: RunSpec, directory: Path) -> RunSpec:
+    training = spec.recipe.training.model_copy(update={"output_dir": str(directory)})
+    return replace(spec, recipe=replace(spec.recipe, training=training))
+
+
+def _status(directory: Path) -> str:
+    try:
+        return str(json.loads((directory / rundir.RESULT).read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Machine) -> RunSpec:
+    """Return the spec with changes applied; raises RunError where they touch what was already learned."""
+    named = {change.partition("=")[0].strip() for change in changes}
+    loaded = load(directory / rundir.RECIPE, (*spec.overrides, *changes))
+    fresh = _with_output(resolve(loaded, machine, fingerprints=False), directory.resolve())
+    recipe = fresh.recipe
+    for key in FOUND_AGAIN:
+        if key not in named:
+            section, name = key.split(".")
+            old = getattr(getattr(spec.recipe, section), name)
+            recipe = replace(recipe, **{section: getattr(recipe, section).model_copy(update={name: old})})
+    before, after = settings_of(spec.recipe), settings_of(recipe)
+    refused = [key for key in after if before.get(key) != after[key] and not _may_change(key, before[key], after[key])]
+    if refused:
+        why = "; ".join(f"{key}: {before.get(key)} -> {after[key]}" for key in refused)
+        fix = "start a new run with these settings: ftune train RECIPE --set training.output_dir=..."
+        what = "a run cannot go on with other settings for what it has already learned"
+        raise RunError(Problem("resume-changed", what, why=why, fix=fix))
+    # What was read before must still be what it was: a fresh fingerprint would vouch for rows that have changed.
+    digests = spec.data_fingerprint
+    if "data.eval" in named:
+        now = fingerprint(data_files(recipe))
+        digests = {name: digests.get(name, digest) for name, digest in now.items()}
+    return replace(fresh, recipe=recipe, data_fingerprint=digests)
+
+
+def _may_change(key: str, before: Any, after: Any) -> bool:
+    """A fraction is held out of the training rows: to or from one, the rows that are trained change too."""
+    if key == "data.eval":
+        return not isinstance(before, float) and not isinstance(after, float)
+    return key.startswith(MAY_CHANGE)
+
+
+def _write_down(directory: Path, spec: RunSpec) -> None:
+    """Make changes part of the run; how it ended before is no longer true."""
+    (directory / rundir.RESULT).unlink(missing_ok=True)
+    rundir.write_text(directory / rundir.OVERRIDES, overrides.as_yaml(spec.overrides))
+    rundir.write_text(directory / rundir.RUN, spec.to_json())
+
+
+def _put_aside(damaged: Iterator[Path]) -> None:
+    """Rename damaged checkpoints, so that they do not count among those that are kept."""
+    for path in damaged:
+        path.rename(path.with_name(path.name + DAMAGED_SUFFIX))
+
+
+def _check_data(spec: RunSpec) -> None:
+    now, before = fingerprint(data_files(spec.recipe)), spec.data_fingerprint
+    for name in sorted({*now, *before}):
+        if now.get(name) == before.get(name):
+            continue
+        how = "is gone" if name not in now else "is new" if name not in before else "has changed since the run began"
+        why = "its rows would no longer be seen in the order in which the run began"
+        fix = "put the files back as they were, or start a new run"
+        raise RunError(Problem("resume-data", f"{name} {how}", why=why, fix=fix))
+
+
+def _check_ranks(found: Path) -> None:
+    before = json.loads((found / checkpoint.STATE).read_text(encoding="utf-8"))["ranks"]
+    now = int(os.environ.get("WORLD_SIZE", "1"))
+    if before != now:
+        why = f"{found.name} was saved by {before}: batches would be drawn in another order"
+        fix = f"start it as before: torchrun --nproc_per_node {before} -m ftune resume RUN_DIR"
+        fix = fix if before > 1 else "start it in one process: ftune resume RUN_DIR"
+        raise RunError(Problem("resume-ranks", f"this run cannot go on with {now} ranks", why=why, fix=fix))
+
+
+def _differences(spec: RunSpec, machine: Machine) -> Iterator[str]:
+    for name, before in spec.versions.items():
+        now = machine.packages.get(name)
+        if now != before:
+            yield f"{name} is {now or 'missing'} now, and was {before}: results may differ in the last digits"
+    if spec.device_type != ("cuda" if machine.gpus else "cpu"):
+        yield f"the run began on {spec.device_type}: results will differ in the last digits"
