@@ -6,22 +6,19 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from ftune import plugin, rundir
 from ftune.data.collate import Collator, padding_id
-from ftune.data.prepare import Prepared, prepare
-from ftune.errors import RecipeError
-from ftune.models.cache import cache_directory
-from ftune.models.load import load_model, load_tokenizer
+from ftune.models.load import load_tokenizer
 from ftune.models.quiet import quiet
 from ftune.resolve import Decision, RunSpec
 from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary
+from ftune.training.loading import load_base, load_rows, prompts_of, tell
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
 from ftune.training.trainer import FtuneTrainer, Parts
@@ -46,12 +43,12 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
     with arguments.main_process_first(local=False):
         checkpoints.remove_partial(home)
         tokenizer = load_tokenizer(recipe.model, shown.say)
-        data = _prepare(spec, tokenizer)
+        data = load_rows(spec, tokenizer)
         if spec.recipe.data.format == "auto":
             spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
-        spec, model = _load(spec, shown)
+        spec, model = load_base(spec, shown)
     recipe = spec.recipe
-    _tell(data, shown)
+    tell(data, shown)
     check_lengths(recipe, data, model)
     check_vocabulary(tokenizer, model, data)
     check_packing(recipe, model)
@@ -62,7 +59,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
     flatten = recipe.model.attn_implementation.startswith("flash")
     padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
     collator = Collator(padding, flatten=flatten)
-    metrics, samples, stop = MetricsLog(home, shown), Samples(_prompts(spec, data), shown), StopOnRequest()
+    metrics, samples, stop = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown), StopOnRequest()
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
     if recipe.training.early_stopping_patience is not None:
         training = recipe.training
@@ -105,47 +102,6 @@ def _arguments(spec: RunSpec, *, fresh: bool) -> TrainingArguments:
     # With several GPUs and one process Hugging Face would split each batch over all of them (DataParallel).
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _load(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
-    """Load the model; where ftune chose an attention that this architecture lacks, it chooses again and says so."""
-    try:
-        return spec, load_model(spec.recipe.model, device_type=spec.device_type, say=shown.say)
-    except RecipeError as error:
-        chosen = any(decision.key == "model.attn_implementation" for decision in spec.decisions)
-        if not chosen or error.problems[0].rule != "attention-unsupported":
-            raise
-    decision = Decision("model.attn_implementation", "eager", "this architecture has no fused attention")
-    shown.say(f"{decision.key} = {decision.value}: {decision.why}")
-    spec = directory.settle(spec, decision)
-    return spec, load_model(spec.recipe.model, device_type=spec.device_type, say=shown.say)
-
-
-def _prepare(spec: RunSpec, tokenizer: object) -> Prepared:
-    objective = plugin.objective(spec.recipe.objective.method)
-    whole_text = all(plugin.format_named(name).trains_whole_text for name in objective.formats)
-    return prepare(
-        spec.recipe.data,
-        tokenizer=tokenizer,
-        seed=spec.recipe.training.seed,
-        cache=cache_directory() / "tokens",
-        trains_whole_text_only=whole_text,
-    )
-
-
-def _prompts(spec: RunSpec, data: Prepared) -> tuple[object, ...]:
-    asked = spec.recipe.training.sample_prompts
-    return data.prompts if asked is None else tuple(asked)
-
-
-def _tell(data: Prepared, shown: progress.Progress) -> None:
-    for name, counts in data.statistics.items():
-        shown.say(
-            f"{name}: {counts['rows']:,} {data.format} rows, {counts['tokens']:,} tokens, "
-            f"{counts['supervised_tokens']:,} of them learned, longest {counts['longest']:,}"
-        )
-    for warning in data.warnings:
-        shown.say(f"warning: {warning}")
 
 
 def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:
