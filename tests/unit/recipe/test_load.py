@@ -319,13 +319,13 @@ _RECIPES = st.dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_RECIPES)
 def test_junk_is_a_recipe_or_refused(data: Mapping[str, Any]) -> None:
     check_that_it_is_a_recipe_or_refused(data)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted({(key.owner.split(" ")[0], key.name) for key in all_keys()})), _JUNK)
 def test_junk_for_one_key_is_a_value_or_refused(key: tuple[str, str], value: Any) -> None:
     section, name = key
@@ -340,7 +340,7 @@ def test_junk_for_one_key_is_a_value_or_refused(key: tuple[str, str], value: Any
     check_that_it_is_a_recipe_or_refused(data)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.text(max_size=12) | st.builds("training.{}={}".format, st.sampled_from(_NAMES), st.text(max_size=6)))
 )

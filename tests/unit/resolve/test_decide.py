@@ -118,7 +118,7 @@ _RECIPES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(MACHINES)), _RECIPES)
 def test_no_choice_breaks_a_rule(machine: str, changes: dict[str, dict[str, Any]]) -> None:
     loaded = example(changes)
