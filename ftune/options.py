@@ -95,3 +95,19 @@ FlagOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_or_auto(_flag))]
 Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0.0)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0.0)]
+
+
+class AdamOptions(Options):
+    """Options of Adam's family."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
+    eps: NotNegative = 1e-8
+    """Added to the denominator."""
+
+
+class Adam8bitOptions(AdamOptions):
+    """Options of Adam's family with states of one byte."""
+
+    min_8bit_size: Integer = Field(default=4096, ge=1)
+    """Tensors with fewer elements keep 32-bit states."""

@@ -51,13 +51,11 @@ class Optimizer(Plugin):
     """Bytes of optimizer state per trained element of a large matrix."""
     state_bytes_note: ClassVar[str] = ""
     """What the figure leaves out (factored statistics, small tensors kept in 32 bits)."""
-    zero_stages: ClassVar[frozenset[int]] = frozenset({0})
     default_learning_rate: ClassVar[float] = 5e-5
     """Used for full fine-tuning where the recipe says `auto`."""
     learning_rate_reason: ClassVar[str] = "Hugging Face's default for AdamW"
     default_max_grad_norm: ClassVar[float] = 1.0
     max_grad_norm_reason: ClassVar[str] = "the customary clip of the global gradient norm"
-    device_types: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
     device_notes: ClassVar[Mapping[str, str]] = {}
     """What a user should know about it on one kind of device."""
 
@@ -73,8 +71,6 @@ class Tuning(Plugin):
 
     has_adapter: ClassVar[bool] = False
     """Whether the result is an adapter beside an unchanged base."""
-    mergeable: ClassVar[bool] = False
-    zero_stages: ClassVar[frozenset[int]] = frozenset({0})
     default_learning_rate: ClassVar[float | None] = None
     """Overrides the optimizer's default where the recipe says `auto`."""
     learning_rate_reason: ClassVar[str] = ""
@@ -156,8 +152,6 @@ class Objective(Plugin):
 
     formats: ClassVar[frozenset[str]]
     """Names of the data formats it can learn from."""
-    reference_model: ClassVar[bool] = False
-    generates: ClassVar[bool] = False
 
     @abstractmethod
     def loss(self, model: Any, batch: dict[str, Any], *, num_items: Any, label_smoothing: float, options: Any) -> Any:

@@ -16,6 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from ftune import rundir
 from ftune.data.rows import files_of, is_local
 from ftune.data.tokenize import Encoded
+from ftune.digest import sha256_of
 
 LAYOUT = 1
 """Raised whenever the same rows would come out as other tokens or columns; older files are then made anew."""
@@ -50,9 +51,7 @@ def source_fingerprint(source: str, split: str) -> str | None:
     for path in files_of(source):
         # The ending decides how the bytes are read.
         digest.update(f"{path.suffixes[-2:]} {path.stat().st_size}\n".encode())
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()
 
 

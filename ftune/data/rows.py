@@ -11,6 +11,7 @@ from typing import Any
 from ftune.data.faults import Faults, fault
 from ftune.data.readers import READERS, Reader
 from ftune.errors import DataError
+from ftune.places import meant_as_data_file
 
 _BOOKKEEPING = frozenset({"dataset_info.json", "dataset_dict.json", "state.json"})
 """What `save_to_disk` writes beside the rows."""
@@ -53,8 +54,7 @@ def is_local(source: str) -> bool:
     path = Path(source).expanduser()
     if path.exists():
         return True
-    ending = "".join(path.suffixes[-2:]).lower().removesuffix(".gz")
-    if not (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or ending in READERS):
+    if not meant_as_data_file(source):
         return False
     near: list[str] = []
     if path.parent.is_dir():

@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from ftune.digest import sha256_of
 from ftune.rundir import PARTIAL_SUFFIX
 
 
@@ -29,7 +30,7 @@ def content_hash(path: Path) -> str:
             return str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    digest = _sha256(path)
+    digest = sha256_of(path)
     with contextlib.suppress(OSError):  # without a note it is read again next time
         note.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: two processes may hash the same file at once.
@@ -37,11 +38,3 @@ def content_hash(path: Path) -> str:
             json.dump({"stamp": stamp, "sha256": digest}, own)
         Path(own.name).replace(note)
     return digest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -31,15 +31,6 @@ def folder(model: Model, say: Say) -> str:
     return _download(model, patterns)
 
 
-def config_folder(model: Model) -> str:
-    """Return a folder with at least config.json: enough to plan with, without the weights."""
-    found = _cached(model)
-    if found is not None and (found / "config.json").is_file():
-        return str(found)
-    _remote_files(model)
-    return _download(model, ["*.json"])
-
-
 def _cached(model: Model) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

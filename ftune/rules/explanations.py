@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Sequence
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
@@ -62,7 +63,7 @@ def explain_name(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def _section(name: str, keys: list[Key]) -> str:
+def _section(name: str, keys: Sequence[Key]) -> str:
     model = SECTIONS[name]
     heading = f"{name}: {inspect.getdoc(model)}" if model else f"{name}: its `method` says which keys it has"
     return "\n\n".join([heading, *[_key(key) for key in keys if key.owner.split(" ")[0] == name]])
@@ -85,7 +86,7 @@ def _method(package: str, name: str) -> str:
         lines.append(f"  a row: {found.columns}")
     if found.needs:
         lines.append("  needs: " + ", ".join(found.needs))
-    own = list(keys_of(name, found.Options))
+    own = keys_of(name, found.Options)
     return "\n\n".join(["\n".join(lines), *[_key(key) for key in own]])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune import rundir
+from ftune.digest import sha256_of
 from ftune.errors import MachineError, Problem, RunError
 from ftune.units import format_bytes
 
@@ -21,7 +21,7 @@ STATE = "ftune_state.json"
 def seal(folder: Path) -> None:
     """Write the manifest of a finished checkpoint folder: every file's size and SHA-256, as read back."""
     entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -40,7 +40,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _hash(path) != entry["sha256"]:
+        if sha256_of(path) != entry["sha256"]:
             return f"{name} is not what was written"
     return None
 
@@ -130,11 +130,3 @@ def saving_failed(path: Path, error: BaseException) -> RunError:
 def tensor_bytes(tensors: Iterable[Any]) -> int:
     """Return the bytes of tensors that share no storage."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

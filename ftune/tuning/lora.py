@@ -37,7 +37,6 @@ class LoRA(Tuning):
     name = "lora"
     summary = "Low-rank adapters are trained beside frozen weights."
     has_adapter = True
-    mergeable = True
     frozen_base = True
     default_learning_rate = 2e-4
     learning_rate_reason = "adapters start at zero and are small: the customary rate for LoRA"

@@ -33,11 +33,9 @@ def test_optimizer_facts(name: str) -> None:
     found = plugin.optimizer(name)
     assert isinstance(found.gradients, plugin.Gradients)
     assert found.state_bytes_per_parameter >= 0
-    assert 0 in found.zero_stages
     assert found.default_learning_rate > 0
     assert found.learning_rate_reason
-    assert found.device_types <= {"cpu", "cuda"}
-    assert set(found.device_notes) <= found.device_types
+    assert set(found.device_notes) <= {"cpu", "cuda"}
     assert found.Options()
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from ftune.errors import FtuneError, RecipeError, RunError
 from ftune.models.load import load_model, load_tokenizer, max_positions
-from ftune.models.source import read_config
 from ftune.recipe.schema import Model
 
 
@@ -194,7 +193,3 @@ def test_damaged_tokenizer(copied: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_tokenizer(decided(copied))
     assert caught.value.problems[0].rule == "no-tokenizer"
-
-
-def test_read_config(tiny_model: Path) -> None:
-    assert read_config(decided(tiny_model))["hidden_size"] == 32

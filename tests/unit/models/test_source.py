@@ -11,6 +11,7 @@ import pytest
 from ftune.errors import FtuneError, MachineError, RecipeError
 from ftune.models import source
 from ftune.models.cache import cache_directory, content_hash
+from ftune.places import meant_as_model_folder
 from ftune.recipe.schema import Model
 
 
@@ -56,7 +57,7 @@ def test_a_file_or_a_gguf_in_the_folder_says_which_keys_to_set(tmp_path: Path) -
     error = refused(str(tmp_path), gguf_file="x.Q4_1.gguf")
     assert "model.gguf_file to `x.Q4_0.gguf`" in error.problems[0].fix
     with pytest.raises(RecipeError) as caught:
-        source.read_config(Model(model_name_or_path=str(tmp_path)))
+        source.config_of(tmp_path, str(tmp_path))
     assert "model.gguf_file to `x.Q4_0.gguf`" in caught.value.problems[0].fix
 
 
@@ -91,7 +92,7 @@ def test_hub_name_without_a_network_fails_at_once(offline: str, tmp_path: Path) 
     [("gpt2", False), ("Qwen/Qwen2.5-0.5B", False), ("./x", True), ("/x/y", True), ("a/b/c", True), ("~/x", True)],
 )
 def test_what_was_meant(name: str, local: bool) -> None:
-    assert source.looks_local(name) is local
+    assert meant_as_model_folder(name) is local
 
 
 def test_content_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,7 @@ def test_content_hash_is_remembered_until_the_file_changes(tmp_path: Path, monke
     path.write_bytes(b"one")
     first = content_hash(path)
     assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
-    monkeypatch.setattr("ftune.models.cache._sha256", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("ftune.models.cache.sha256_of", lambda _: pytest.fail("read again"))
     assert content_hash(path) == first
     monkeypatch.undo()
     monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))

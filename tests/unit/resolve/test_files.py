@@ -10,6 +10,7 @@ import pytest
 
 from ftune.errors import DataError, MachineError, Problem, RecipeError
 from ftune.machine import Machine
+from ftune.places import locate
 from ftune.resolve import examine, files, raise_errors
 
 Examine = Callable[..., list[Problem]]
@@ -121,10 +122,10 @@ def test_where_we_are_comes_before_beside_the_recipe(tmp_path: Path, monkeypatch
         (folder / "a.jsonl").touch()
     (beside / "b.jsonl").touch()
     monkeypatch.chdir(here)
-    assert files.locate("a.jsonl", beside) == here / "a.jsonl"
-    assert files.locate("b.jsonl", beside) == beside / "b.jsonl"
-    assert files.locate("c.jsonl", beside) is None
-    assert files.locate(str(beside / "a.jsonl"), here) == beside / "a.jsonl"
+    assert locate("a.jsonl", beside) == here / "a.jsonl"
+    assert locate("b.jsonl", beside) == beside / "b.jsonl"
+    assert locate("c.jsonl", beside) is None
+    assert locate(str(beside / "a.jsonl"), here) == beside / "a.jsonl"
 
 
 def test_fingerprint_covers_each_file_of_a_directory(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What a name in a recipe stands for: a file, a folder, an installed package, or something on a hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+PACKAGE = "package:"
+"""Before the name of an installed Python package that holds a model."""
+DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def locate(name: str, beside: Path) -> Path | None:
+    """Return the local file or directory of that name: from where we are, else from the recipe's own folder."""
+    try:
+        path = Path(name).expanduser()
+        for candidate in (path,) if path.is_absolute() else (Path.cwd() / path, beside / path):
+            if candidate.exists():
+                return candidate.resolve()
+    except (OSError, RuntimeError, ValueError):  # a name too long for a file, `~nobody`, a folder closed to us
+        return None
+    return None
+
+
+def package_folder(name: str) -> Path | None:
+    """Return the folder of `package:some_name`; None where no such package is installed."""
+    package = name.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) if places else None
+
+
+def model_folder(name: str) -> Path | None:
+    """Return the folder of a local model, or of one inside a Python package; None for a hub name."""
+    if name.startswith(PACKAGE):
+        return package_folder(name)
+    path = locate(name, Path.cwd())
+    return path if path is not None and path.is_dir() else None
+
+
+def meant_as_data_file(name: str) -> bool:
+    """Return whether a name that is not there was meant as a file rather than as `owner/name` on a hub."""
+    if _written_as_path(name) or name.lower().endswith((*DATA_ENDINGS, ".gz")):
+        return True
+    # A hub name without an owner has no dot: `rows.jsnl` is a file with a slip in its ending.
+    return "/" not in name and "." in name
+
+
+def meant_as_model_folder(name: str) -> bool:
+    """Return whether a name that is not there was meant as a folder rather than as `owner/name` on a hub."""
+    if _written_as_path(name) or not _HUB_NAME.fullmatch(name):
+        return True
+    try:
+        return "/" in name and Path(name).parent.is_dir()
+    except (OSError, ValueError):
+        return True
+
+
+def _written_as_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or Path(name).is_absolute()
