@@ -87,9 +87,9 @@ def parse(file: str, text: str) -> Source:
         raise RecipeError(reader.syntax_problem(error)) from None
     except yaml.reader.ReaderError as error:
         raise RecipeError(_unreadable_letter(file, text, error)) from None
-    except _DepthError as error:
-        place = reader.place(error.args[0])
-        raise RecipeError(Problem("yaml", "this is nested too deeply for a recipe", place)) from None
+    except _TooMuchError as error:
+        what, mark = error.args
+        raise RecipeError(Problem("yaml", what, reader.place(mark))) from None
     data = {} if node is None else reader.build(node, ())
     if not reader.problems and not isinstance(data, dict):
         reader.refuse("a recipe is a set of sections, not " + _kind(data), node, fix=_SHAPE_FIX)
@@ -168,19 +168,20 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value).__name__, "nothing")
 
 
-class _DepthError(Exception):
-    """What is nested deeper than any recipe; holds the mark where."""
+class _TooMuchError(Exception):
+    """What is deeper or longer than any recipe; holds what to say and the mark where."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes down to a recipe's depth: PyYAML's time grows with its square, and its stack ends."""
+    """Composes nodes down to a recipe's depth and length: PyYAML's time grows with the depth's square."""
 
-    depth = 0
+    depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        self.depth += 1
-        if self.depth > _DEEPEST + 1:
-            raise _DepthError(self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        if self.depth > _DEEPEST + 1 or self.nodes > _LARGEST:
+            what = "nested too deeply" if self.depth > _DEEPEST + 1 else "too long"
+            raise _TooMuchError(f"this is {what} for a recipe", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

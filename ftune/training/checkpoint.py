@@ -57,13 +57,14 @@ def latest(directory: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def remove_partial(directory: Path) -> None:
-    """Delete what a killed run was in the middle of writing."""
-    for place in (directory, directory / rundir.CHECKPOINTS):
-        for path in place.glob("*" + rundir.PARTIAL_SUFFIX):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    """Delete what a killed run was in the middle of writing; a file of another name is a user's own."""
+    written = [directory / (name + rundir.PARTIAL_SUFFIX) for name in sorted(rundir.OWN)]
+    written += (directory / rundir.CHECKPOINTS).glob("checkpoint-[0-9]*" + rundir.PARTIAL_SUFFIX)
+    for path in written:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def prune(directory: Path, *, keep: int | None, best: Path | None) -> None:

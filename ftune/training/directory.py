@@ -55,6 +55,7 @@ def _clear(directory: Path) -> None:
     """Remove what ftune itself wrote, and nothing else: what a user put there is not ours to delete."""
     checkpoint.remove_partial(directory)
     strangers = [entry.name for entry in directory.iterdir() if entry.name not in rundir.OWN]
+    strangers += [f"{rundir.CHECKPOINTS}/{entry.name}" for entry in (directory / rundir.CHECKPOINTS).glob("*")]
     if strangers:
         why = f"besides a run that failed it holds {', '.join(sorted(strangers)[:3])}"
         raise RunError(_in_the_way(directory, why, "choose a new training.output_dir, or move these files away"))

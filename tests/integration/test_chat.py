@@ -119,6 +119,25 @@ def test_model_without_a_template_continues_text(tmp_path: Path, make_tiny: Call
     assert chat.ask(model, tokenizer, "Hello", **ANSWER) == expected
 
 
+def test_plain_text_goes_on_from_the_last_line_alone(
+    tmp_path: Path, make_tiny: Callable[..., Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = chat.open_target(str(make_tiny(tmp_path, template=None)))
+    alone = [chat.ask(*opened, line, **ANSWER) for line in ("Hello", "More")]
+    answers: list[str] = []
+    answer = chat.answer
+
+    def spy(*arguments: Any, **more: Any) -> str:
+        answers.append(answer(*arguments, **more))
+        return answers[-1]
+
+    monkeypatch.setattr(chat, "answer", spy)
+    chat.converse(*opened, **ANSWER, read=say("Hello", "More"))
+    assert answers == alone
+    assert len(set(alone)) == 2
+    capsys.readouterr()
+
+
 def test_temperature_draws(opened: tuple[Any, Any]) -> None:
     torch.manual_seed(0)
     drawn = {chat.ask(*opened, "Hello", **{**ANSWER, "temperature": 2.0}) for _ in range(4)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,17 @@ def test_another_runs_directory_is_refused(tmp_path: Path, tiny_model: Path, row
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
 
 
+@pytest.mark.parametrize("kept", ["checkpoints", "metrics.jsonl", "model"])
+def test_any_work_of_another_run_is_kept(kept: str, tmp_path: Path, tiny_model: Path, rows: Path, whole: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "copy")
+    for work in {"checkpoints", "metrics.jsonl", "model"} - {kept}:
+        shutil.rmtree(run / work) if (run / work).is_dir() else (run / work).unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="it holds another run"):
+        ftune.train(recipe(tiny_model, rows, run))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_a_folder_of_other_files_is_refused(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunError, match="other files"):
@@ -184,6 +196,8 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path, ftune:
     done = resume(ftune, run)
     assert done.returncode == 0, done.stderr
     assert "is damaged (adapter_model.safetensors is not what was written)" in done.stdout
+    assert (newest.with_name(newest.name + ".damaged") / path.name).read_bytes() == content
+    assert path.read_bytes() != content
     assert_same_run(run, whole)
 
 
@@ -233,7 +247,8 @@ def test_a_finished_run_can_be_prolonged(whole: Path, tmp_path: Path, ftune: Any
     assert rates[28] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * (27 - 6) / 48)), rel=1e-9)
 
 
-def test_a_file_of_the_users_is_never_deleted(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+@pytest.mark.parametrize("name", ["notes.txt", "thesis.partial", "checkpoints/notes.txt", "checkpoints/notes.partial"])
+def test_a_file_of_the_users_is_never_deleted(name: str, tmp_path: Path, tiny_model: Path, rows: Path) -> None:
     from ftune.errors import RecipeError
 
     values = recipe(
@@ -241,10 +256,11 @@ def test_a_file_of_the_users_is_never_deleted(tmp_path: Path, tiny_model: Path, 
     )
     with pytest.raises(RecipeError):
         ftune.train(values)
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match=r"notes\.txt"):
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(RunError, match=re.escape(name)):
         ftune.train(recipe(tiny_model, rows, tmp_path / "run"))
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "run" / name).read_text() == "mine"
+    assert (tmp_path / "run" / "run.json").exists()
 
 
 def killed_copy(run: Path, target: Path, step: int) -> Path:
@@ -260,7 +276,12 @@ def killed_copy(run: Path, target: Path, step: int) -> Path:
 
 CASES: dict[str, dict[str, Any]] = {
     "the best, moved": {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.05},
-    "early stopping": {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 0.05},
+    "early stopping": {
+        "early_stopping_patience": 2,
+        "early_stopping_threshold": 0.05,
+        "eval_steps": 1,
+        "learning_rate": 0.05,
+    },
     "a constant rate to the middle of an epoch": {"lr_scheduler_type": "constant", "max_steps": 11},
 }
 
@@ -277,17 +298,40 @@ def test_what_else_a_run_remembers(name: str, last: bool, tmp_path: Path, tiny_m
         "save_steps": 1,
         "save_total_limit": None,
         "num_train_epochs": 3,
+        "sample_prompts": ["What is a brook?"],
+        "sample_max_new_tokens": 4,
         **CASES[name],
     }
     values = recipe(tiny_model, rows, tmp_path / "run", data={"eval": str(rows)}, tuning=TUNING, training=settings)
     run = Path(ftune.train(values).directory)
     steps = json.loads((run / "result.json").read_text())["steps"]
+    assert (steps < 11) == (name == "early stopping")
     copy = killed_copy(run, tmp_path / "elsewhere", steps if last else steps - 1)
     continued = resuming.reopen(copy, (), probe())
     train(continued.spec, plain=True, checkpoint=continued.checkpoint)
     assert_same_run(copy, run)
     results = [json.loads((one / "result.json").read_text()) for one in (copy, run)]
     assert results[0]["best_checkpoint"] == results[1]["best_checkpoint"]
+    assert (copy / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+
+
+def test_new_intervals_hold_from_the_resume_on(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    from ftune.machine import probe
+    from ftune.training import resuming
+    from ftune.training.run import train
+
+    settings = {"eval_steps": 5, "logging_steps": 5, "save_strategy": "steps", "save_steps": 4, "max_steps": 10}
+    settings |= {"save_total_limit": None}
+    run = Path(ftune.train(recipe(tiny_model, rows, tmp_path / "run", data={"eval": 0.1}, training=settings)).directory)
+    copy = killed_copy(run, tmp_path / "copy", 4)
+    changes = [f"training.{name}" for name in ("logging_steps=2", "eval_steps=3", "save_steps=1")]
+    continued = resuming.reopen(copy, changes, probe())
+    train(continued.spec, plain=True, checkpoint=continued.checkpoint)
+    lines = metrics(copy)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 6, 8, 10]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 9, 10]
+    found = sorted(int(path.name.rpartition("-")[2]) for path in (copy / "checkpoints").iterdir())
+    assert found == list(range(4, 11))
 
 
 def test_a_stream_goes_on_in_its_second_pass(tmp_path: Path, tiny_model: Path, rows: Path) -> None:

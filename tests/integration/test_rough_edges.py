@@ -132,6 +132,42 @@ def test_packing_is_refused_where_rows_would_mix(kind: str, tiny_model: Path) ->
         assert model.training
 
 
+def test_a_run_refuses_to_pack_where_rows_would_mix(tmp_path: Path, tiny_model: Path) -> None:
+    import transformers
+    from conftest import make_tokenizer
+
+    import ftune
+    from ftune.errors import RecipeError
+
+    config = transformers.BloomConfig(vocab_size=260, hidden_size=32, n_head=4, n_layer=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    make_tokenizer().save_pretrained(tmp_path / "bloom")
+    rows = rows_file(tmp_path / "rows.jsonl", 8)
+    with pytest.raises(RecipeError, match="see each other"):
+        ftune.train(recipe(tmp_path / "bloom", rows, tmp_path / "run", data={"packing": True}))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_knows_which_tokens_the_model_has(tmp_path: Path, make_tiny: Callable[..., Path]) -> None:
+    from conftest import make_tokenizer
+
+    import ftune
+    from ftune.errors import RecipeError
+
+    rows = rows_file(tmp_path / "rows.jsonl", 8)
+    few = make_tiny(tmp_path / "few", vocab_size=100)
+    with pytest.raises(RecipeError, match="the model does not know the tokens"):
+        ftune.train(recipe(few, rows, tmp_path / "refused"))
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+    # A padding token that the model has no embedding for is not what batches are padded with.
+    model, tokenizer = make_tiny(tmp_path / "padded"), make_tokenizer()
+    for name in ("<padding>", "<padding2>"):
+        tokenizer.add_special_tokens({"pad_token": name})
+    assert tokenizer.pad_token_id >= 260
+    tokenizer.save_pretrained(model)
+    assert ftune.train(recipe(model, rows, tmp_path / "run")).status == "finished"
+
+
 def test_tokens_without_an_embedding_are_named(tiny_model: Path) -> None:
     from conftest import make_model, make_tokenizer
 

@@ -222,23 +222,39 @@ def test_weights_that_are_not_numbers_are_not_saved(tiny_model: Path, rows: Path
 
 
 class TestEvaluation:
-    def test_early_stopping_ends_with_the_best(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("method", ["full", "lora"])
+    @pytest.mark.parametrize("saved", [{"save_strategy": "epoch"}, {"save_strategy": "steps", "save_steps": 1000}])
+    def test_early_stopping_ends_with_the_best(
+        self, saved: dict[str, Any], method: str, tiny_model: Path, rows: Path, tmp_path: Path
+    ) -> None:
+        from safetensors.torch import load_file
+
         other = rows_file(tmp_path / "other.jsonl", 8, source=ROOT / "recipes" / "data" / "definitions.eval.jsonl")
         settings = {
             "num_train_epochs": 40,
             "learning_rate": 0.02,
             "early_stopping_patience": 2,
             "load_best_model_at_end": True,
-            "save_strategy": "epoch",
             "save_total_limit": 1,
+            **saved,
         }
-        run = ftune.train(recipe(tiny_model, rows, tmp_path / "run", data={"eval": str(other)}, training=settings))
+        tuning = {"method": method}
+        values = recipe(tiny_model, rows, tmp_path / "run", data={"eval": str(other)}, tuning=tuning, training=settings)
+        run = ftune.train(values)
         found = [(line["eval_loss"], line["step"]) for line in metrics(run.directory) if "eval_loss" in line]
         best, step = min(found)
         assert run.steps < 40 * 8
         assert step < run.steps
         assert run.best_checkpoint == f"checkpoints/checkpoint-{step}"
         assert run.eval_loss == pytest.approx(best, rel=1e-6)
+        (kept,) = (tmp_path / "run" / run.best_checkpoint).glob("*model.safetensors")
+        assert same_bits(weights(run.directory), load_file(kept))
+        # What was saved is judged anew, by a run that learns nothing.
+        start = {"learning_rate": 1e-30, "max_steps": 1}
+        if method == "full":
+            model = tmp_path / "run" / "model"
+            again = ftune.train(recipe(model, rows, tmp_path / "again", data={"eval": str(other)}, training=start))
+            assert metrics(again.directory)[0]["eval_loss"] == pytest.approx(best, rel=1e-5)
 
     def test_evaluation_by_steps(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
         values = recipe(tiny_model, rows, tmp_path / "run", data={"eval": 0.25}, training={"eval_steps": 2})
@@ -362,7 +378,13 @@ class TestTwoRanks:
     def test_equal_one_process(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
         shared = {"optim": "sgd", "num_train_epochs": 1}
         alone = ftune.train(
-            recipe(tiny_model, rows, tmp_path / "one", training={**shared, "per_device_train_batch_size": 8})
+            recipe(
+                tiny_model,
+                rows,
+                tmp_path / "one",
+                data={"eval": str(rows)},
+                training={**shared, "per_device_train_batch_size": 8},
+            )
         )
         values = recipe(
             tiny_model,
@@ -384,6 +406,7 @@ class TestTwoRanks:
             torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-6, atol=1e-7)
         result = json.loads((tmp_path / "two" / "result.json").read_text())
         assert result["tokens"] == alone.tokens
+        assert result["eval_loss"] == pytest.approx(alone.eval_loss, rel=1e-6)
         assert result["supervised_tokens"] == alone.supervised_tokens
 
     def test_resume_to_the_same_bits(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:

@@ -120,6 +120,45 @@ def test_the_cache_is_used_again_and_only_for_the_same(
     assert len(list(cache.iterdir())) == 12
 
 
+PAIRS = [{"prompt": f"what is {n}?", "completion": " it is" + " the cat" * (1 + n % 7)} for n in range(60)]
+
+
+def a_word(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["cat"])
+
+
+def another_end(tokenizer: Any) -> None:
+    tokenizer.eos_token = "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        a_word,
+        another_end,
+        {"max_length": 14},
+        {"completion_only_loss": False},
+        {"seed": 2},
+        {"eval": 0.2},
+        {"max_train_samples": 10},
+        {"max_eval_samples": 2},
+    ],
+    ids=lambda change: getattr(change, "__name__", str(change)),
+)
+def test_the_cache_gives_what_no_cache_gives(change: Any, make_tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"train": write_rows(PAIRS), "eval": 0.1}
+    before = prepared(make_tokenizer(), tmp_path / "cache", **wanted)
+    tokenizer = make_tokenizer()
+    if callable(change):
+        change(tokenizer)
+    else:
+        wanted |= change
+    found, fresh = (prepared(tokenizer, cache, **wanted) for cache in (tmp_path / "cache", None))
+    assert (found.train[:], found.eval[:]) == (fresh.train[:], fresh.eval[:])
+    assert found.statistics == fresh.statistics
+    assert (found.train[:], found.eval[:]) != (before.train[:], before.eval[:])
+
+
 def test_the_cache_knows_changed_contents(tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
     path = write_rows(ROWS)
     prepared(tokenizer, tmp_path / "cache", train=path)

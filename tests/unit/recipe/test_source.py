@@ -96,6 +96,39 @@ def test_deep_nesting_is_refused_not_crashed_on() -> None:
         source.parse("recipe", "a: " + "[" * 5000)
 
 
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}")])
+def test_twenty_levels_are_read_and_one_more_is_not(opening: str, closing: str) -> None:
+    # The sections' mapping is level 0, and the innermost word is a level of its own.
+    data = source.parse("recipe", "a: " + opening * 19 + "x" + closing * 19).data
+    for _ in range(20):
+        data = data["a"] if isinstance(data, dict) else data[0]
+    assert data == "x"
+    with pytest.raises(RecipeError, match="nested too deeply") as caught:
+        source.parse("recipe", "a: " + opening * 20 + "x" + closing * 20)
+    where = caught.value.problems[0].where
+    assert where is not None
+    assert (where.line, where.column) == (1, 4 + 19 * len(opening) + 1)
+
+
+def test_twenty_thousand_nodes_are_read_and_more_are_not() -> None:
+    # The mapping, a, its words, b, and what b repeats: 3 + 99 + 200 * (1 + 99) nodes at most.
+    words = ", ".join(["x"] * 99)
+    for repeats, fits in ((198, True), (199, False)):
+        text = f"a: &a [{words}]\nb: [{', '.join(['*a'] * repeats)}]\n"
+        if fits:
+            assert sum(map(len, source.parse("recipe", text).data["b"])) == 198 * 99
+        else:
+            with pytest.raises(RecipeError, match="repeats itself"):
+                source.parse("recipe", text)
+
+
+def test_a_recipe_of_a_hundred_thousand_words_is_refused_before_it_is_read() -> None:
+    with pytest.raises(RecipeError, match="too long for a recipe") as caught:
+        source.parse("recipe", "a:\n" + "  - x\n" * 100_000)
+    assert caught.value.problems[0].where is not None
+    assert caught.value.problems[0].where.line == 19_999, "the document, its key and this list come before"
+
+
 def test_aliases_of_aliases_do_not_fill_the_memory() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 9)]
