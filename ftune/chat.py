@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ftune.data.detect import reads_plain_text
+from ftune.errors import Problem, RecipeError
 from ftune.models import generate
 from ftune.models.finished import ADAPTER, finished_tokenizer, is_run, load_finished, of_folder, of_run, recipe_of
 from ftune.models.load import load_model, load_tokenizer, max_positions
 from ftune.models.source import Say, silent
+from ftune.places import expanded
 from ftune.plugin import Turn
 from ftune.recipe.schema import Model
 
@@ -23,7 +26,8 @@ HELP = "Ctrl-D or /exit leaves, /reset forgets the conversation."
 def open_target(target: str, gguf_file: str | None = None, say: Say = silent) -> tuple[Any, Any]:
     """Return model and tokenizer of a run directory, a model folder, a hub name or `package:NAME`."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(target).expanduser()
+    model = _named(target, gguf_file)
+    path = expanded(target)
     if gguf_file is None and path.is_dir() and (is_run(path) or (path / ADAPTER).is_file()):
         found = of_run(path) if is_run(path) else of_folder(path)
         tokenizer = finished_tokenizer(found, say)
@@ -31,8 +35,18 @@ def open_target(target: str, gguf_file: str | None = None, say: Say = silent) ->
         if recipe is not None and reads_plain_text(recipe.data):
             tokenizer.chat_template = None  # it learned to go on from plain text, not to take turns
         return load_finished(found, device_type=device_type, say=say), tokenizer
-    model = Model(model_name_or_path=target, gguf_file=gguf_file)
     return load_model(model, device_type=device_type, say=say), load_tokenizer(model, say)
+
+
+def _named(target: str, gguf_file: str | None) -> Model:
+    try:
+        return Model(model_name_or_path=target, gguf_file=gguf_file)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--gguf-file" if first["loc"][:1] == ("gguf_file",) else "RUN_DIR|MODEL"
+        said = first["msg"].removeprefix("Value error, ")
+        fix = "name a run directory, a model folder or a hub name; --gguf-file is a file inside the model's folder"
+        raise RecipeError(Problem("bad-value", f"{name} cannot be {first['input']!r}", why=said, fix=fix)) from None
 
 
 def answer(
@@ -59,7 +73,7 @@ def answer(
 
 def ask(model: Any, tokenizer: Any, prompt: str, *, system: str | None, max_new_tokens: int, temperature: float) -> str:
     """Return the answer to one prompt."""
-    turns = (*_opening(system), Turn("user", prompt))
+    turns = (*_opening(system), Turn("user", _clean(prompt)))
     turns = _that_fit(model, tokenizer, turns, max_new_tokens)
     return answer(model, tokenizer, turns, max_new_tokens=max_new_tokens, temperature=temperature)
 
@@ -77,11 +91,13 @@ def converse(
     from transformers import TextStreamer
 
     listen = read or _read_line
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     opening = _opening(system)
     turns = opening
     while True:
         try:
-            said = listen().strip()
+            said = _clean(listen()).strip()
         except (EOFError, KeyboardInterrupt):
             return
         if said in ("/exit", "/quit"):
@@ -105,7 +121,12 @@ def converse(
 
 
 def _opening(system: str | None) -> tuple[Turn, ...]:
-    return (Turn("system", system),) if system else ()
+    return (Turn("system", _clean(system)),) if system else ()
+
+
+def _clean(text: str) -> str:
+    """Replace what is no letter: Python reads bytes that are not UTF-8 as half surrogate pairs."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _that_fit(model: Any, tokenizer: Any, turns: tuple[Turn, ...], max_new_tokens: int) -> tuple[Turn, ...]:

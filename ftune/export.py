@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from ftune import rundir
 from ftune.errors import Problem, RecipeError, RunError
 from ftune.models import generate
 from ftune.models.finished import finished_tokenizer, load_finished, of_run
-from ftune.models.load import load_model
+from ftune.models.load import load_model, max_positions
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, config_of, silent, source_directory
+from ftune.places import expanded
 from ftune.plugin import Turn
 from ftune.recipe.schema import Model
+from ftune.training import checkpoint
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -54,18 +58,21 @@ def merge(run_directory: Path, output: Path, say: Say = silent) -> Merged:
         what = f"the run `{run_directory}` has no adapter to merge"
         why, fix = "it trained the weights themselves", f"use {found.folder} as it is"
         raise RecipeError(Problem(rule="not-an-adapter", what=what, why=why, fix=fix))
+    output = expanded(output)
     refuse_existing(output)
     _require_writable(output)
     tokenizer = finished_tokenizer(found)
     dtype = stored_dtype(Path(source_directory(found.base, say)), found.base.model_name_or_path)
     say("loading the base in float32 and attaching the adapter")
     adapted = load_finished(found, dtype="float32", say=say)
+    _require_plain_weights(adapted, found.base.model_name_or_path)
     prompts = [*_sample_prompts(run_directory / rundir.SAMPLES), *TEXTS]
-    inputs = [generate.encode(tokenizer, prompt)[:, :_MAX_TOKENS] for prompt in prompts]
+    length = min(_MAX_TOKENS, max_positions(adapted) or _MAX_TOKENS)
+    inputs = [generate.encode(tokenizer, prompt)[:, :length] for prompt in prompts]
     before = [_logits(adapted, ids) for ids in inputs]
     whole = _fold(adapted)
     del adapted
-    with rundir.whole_directory(output.resolve()) as partial:
+    with _written_whole(output) as partial:
         say(f"saving in {_name(dtype)}")
         _save(whole.to(dtype), tokenizer, partial)
         del whole
@@ -73,6 +80,30 @@ def merge(run_directory: Path, output: Path, say: Say = silent) -> Merged:
         difference, divergence = _compare(partial, found.base, inputs, before)
         _judge(dtype, difference, divergence)
     return Merged(output, _name(dtype), difference, divergence, len(prompts))
+
+
+@contextlib.contextmanager
+def _written_whole(output: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes the output when everything in it is on the disk."""
+    try:
+        with rundir.new_directory(output.resolve()) as partial:
+            yield partial
+    except Exception as error:
+        if not isinstance(error, OSError) and not checkpoint.out_of_room(error):
+            raise
+        fix = "make room, or name another --output, and merge again"
+        why = str(error).split("\n")[0][:300]
+        problem = Problem("output-unwritable", f"could not write `{output}`; nothing was left", why=why, fix=fix)
+        raise RunError(problem) from None
+
+
+def _require_plain_weights(adapted: Any, name: str) -> None:
+    """Refuse a base stored in fewer bits: what training moved is smaller than its steps."""
+    if getattr(adapted.get_base_model(), "is_quantized", False):
+        why = "its weights are quantised, and adding the adapter to them would round most of it away"
+        fix = f"use the adapter on it as it is, or train one on the unquantised weights of `{name}` and merge that"
+        what = f"the adapter cannot be merged into its base `{name}`"
+        raise RecipeError(Problem(rule="base-quantised", what=what, why=why, fix=fix))
 
 
 def refuse_existing(output: Path) -> None:

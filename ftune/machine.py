@@ -1,25 +1,30 @@
 """What this machine has: GPUs, processor, memory and packages, found without importing any of them.
 
-Asked once and handed on as a frozen value, so that a test (or `ftune plan --gpu`) can pretend to be another machine.
+Asked once and handed on as a frozen value, so that a test can pretend to be another machine.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 _MIB = 1024 * 1024
 _QUERY = "index,uuid,name,memory.total,compute_cap"
 _TIMEOUT_SECONDS = 10
 """A driver that has to wake up can take several seconds to answer the first time."""
 
-_IMPORT_NAMES = {"pyyaml": "yaml", "torch_optimi": "optimi"}
+_NO_DEVICES = ("NoDevFiles", "none", "void")
+"""What containers write into CUDA_VISIBLE_DEVICES to hide every GPU."""
+
+_IMPORT_NAMES = {"pyyaml": "yaml", "flash_attn_3": "flash_attn_interface"}
 """Distribution to import name, where the two differ by more than dashes."""
 
 
@@ -45,15 +50,31 @@ class Machine:
     packages: Mapping[str, str] = field(default_factory=dict)
     """Versions of every installed package, by import name."""
     platform: str = ""
+    unknown_device: str = ""
+    """The first entry of CUDA_VISIBLE_DEVICES that names no GPU; CUDA reads no further."""
 
     def has(self, package: str) -> bool:
         """Return whether a package of this import name is installed."""
-        return _import_name(package.partition(".")[0]) in self.packages
+        return self.version_of(package) is not None
+
+    def version_of(self, package: str) -> str | None:
+        """Return the installed version of a package, by its import name or that of its distribution."""
+        return self.packages.get(_import_name(package.partition(".")[0]))
 
     @property
-    def device_type(self) -> str:
+    def device_type(self) -> Literal["cpu", "cuda"]:
         """Where a run computes: `cuda` where there is a GPU, else `cpu`."""
         return "cuda" if self.gpus else "cpu"
+
+    @property
+    def lacks_cuda(self) -> bool:
+        """Whether there is a GPU that the installed PyTorch cannot use."""
+        return bool(self.gpus) and "+cpu" in self.packages.get("torch", "")
+
+    @property
+    def torch_install(self) -> str:
+        """The command that installs the same PyTorch with CUDA."""
+        return f"pip install --force-reinstall torch=={self.packages.get('torch', '').partition('+')[0]}"
 
     def computes_bfloat16(self) -> bool:
         """Return whether bfloat16 products are done in hardware."""
@@ -64,13 +85,15 @@ class Machine:
 
 def probe() -> Machine:
     """Look at this machine; costs milliseconds without a GPU, about 0.1 s with one."""
+    gpus, unknown_device = _gpus()
     return Machine(
-        gpus=_gpus(),
+        gpus=gpus,
         cpu_flags=_cpu_flags(Path("/proc/cpuinfo")),
         cpu_cores=_cpu_cores(),
         memory_bytes=_memory_bytes(),
         packages=installed(sys.path),
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        unknown_device=unknown_device,
     )
 
 
@@ -95,41 +118,78 @@ def _import_name(distribution: str) -> str:
     return _IMPORT_NAMES.get(name, name)
 
 
-def _gpus() -> tuple[Gpu, ...]:
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip():
-        return ()
+        return (), ""
+    table = _nvidia_smi(f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
+    if table is None:
+        return (), ""
+    listing = _nvidia_smi("-L") if "MIG-" in (visible or "") else None
+    return parse_gpus(table, visible, listing or "")
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
+    """Return what NVIDIA's own program answers; None where it is not there, or has nothing to say."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return ()
-    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+        return None
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+        answer = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return parse_gpus(answer.stdout, visible) if answer.returncode == 0 else ()
+        return None
+    return answer.stdout if answer.returncode == 0 else None
 
 
-def parse_gpus(text: str, visible: str | None) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's table; keep what CUDA_VISIBLE_DEVICES names, in its order, up to its first unknown entry."""
+def parse_gpus(table: str, visible: str | None, listing: str = "") -> tuple[tuple[Gpu, ...], str]:
+    """Read nvidia-smi's table (and its listing of MIG devices, the parts that a GPU can be split into).
+
+    Returns what CUDA_VISIBLE_DEVICES names, in its order, up to its first unknown entry; and that entry.
+    """
     by_index: dict[str, Gpu] = {}
     by_uuid: dict[str, Gpu] = {}
-    for line in text.splitlines():
+    for line in table.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) != 5:
             continue
         gpu = Gpu(cells[2], _memory_of(cells[3]), _capability(cells[4]))
         by_index[cells[0]] = by_uuid[cells[1]] = gpu
     if visible is None:
-        return tuple(by_index.values())
+        return tuple(by_index.values()), ""
+    parts = _mig_devices(listing, by_uuid)
     chosen: list[Gpu] = []
     for entry in (part.strip() for part in visible.split(",")):
-        matches = [gpu for uuid, gpu in by_uuid.items() if entry.startswith("GPU-") and uuid.startswith(entry)]
-        found = by_index.get(entry) or (matches[0] if len(matches) == 1 else None)
+        part = _named(entry, "MIG-", parts)
+        if part is not None and not chosen:
+            # A process sees one MIG device, and no other device beside it.
+            return (part,), ""
+        found = by_index.get(entry) or _named(entry, "GPU-", by_uuid)
         if found is None:
-            break
+            return tuple(chosen), "" if entry.startswith("-") or entry in _NO_DEVICES else entry
         chosen.append(found)
-    return tuple(chosen)
+    return tuple(chosen), ""
+
+
+def _named(entry: str, kind: str, by_uuid: Mapping[str, Gpu]) -> Gpu | None:
+    """Return the device of a name, which may be cut short where only one begins so."""
+    matches = [gpu for uuid, gpu in by_uuid.items() if entry.startswith(kind) and uuid.startswith(entry)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _mig_devices(listing: str, by_uuid: Mapping[str, Gpu]) -> dict[str, Gpu]:
+    found: dict[str, Gpu] = {}
+    whole: Gpu | None = None
+    for line in listing.splitlines():
+        uuid = line.rpartition("UUID:")[2].strip(" )")
+        profile = re.search(r"MIG (\S*?([0-9]+)gb\S*)", line)
+        if uuid in by_uuid:
+            whole = by_uuid[uuid]
+        elif whole is not None and profile is not None and uuid.startswith("MIG-"):
+            memory = int(profile.group(2)) * 1024 * _MIB
+            found[uuid] = Gpu(f"{whole.name} MIG {profile.group(1)}", memory, whole.capability)
+    return found
 
 
 def _memory_of(mebibytes: str) -> int:

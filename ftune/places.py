@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
+
+from ftune.errors import Place, Problem, RecipeError
 
 PACKAGE = "package:"
 """Before the name of an installed Python package that holds a model."""
@@ -23,6 +26,25 @@ def locate(name: str, beside: Path) -> Path | None:
     except (OSError, RuntimeError, ValueError):  # a name too long for a file, `~nobody`, a folder closed to us
         return None
     return None
+
+
+def expanded(name: str | Path, place: Place | None = None) -> Path:
+    """Return the path of that name, which need not be there; raises RecipeError where it can be none on this system."""
+    try:
+        path = Path(name).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except RuntimeError:
+        user = Path(name).parts[0].removeprefix("~")
+        why = f"there is no user `{user}`" if user else "this user has no home folder"
+    except (OSError, ValueError) as error:
+        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    else:
+        return path
+    shown = str(name) if len(str(name)) <= 60 else f"{str(name)[:57]}..."
+    problem = Problem("bad-path", f"`{shown}` cannot be a path", place, why=why, fix="name another one")
+    raise RecipeError(problem)
 
 
 def package_folder(name: str) -> Path | None:

@@ -41,6 +41,29 @@ def checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def partials(directory: Path) -> list[Path]:
+    """Return what a killed run was in the middle of writing; a file of another name is a user's own."""
+    named = [directory / (name + PARTIAL_SUFFIX) for name in sorted(OWN)]
+    saved = sorted((directory / CHECKPOINTS).glob("checkpoint-[0-9]*" + PARTIAL_SUFFIX))
+    return [path for path in (*named, *saved) if path.exists()]
+
+
+def strangers(directory: Path) -> list[str]:
+    """Return the names of what ftune did not write into a run directory that has no checkpoint."""
+    unfinished = {path.name for path in partials(directory)}
+    found = [path.name for path in directory.iterdir() if path.name not in OWN | unfinished]
+    inside = [path.name for path in (directory / CHECKPOINTS).glob("*") if path.name not in unfinished]
+    return sorted([*found, *(f"{CHECKPOINTS}/{name}" for name in inside)])
+
+
+def status(directory: Path) -> str:
+    """Return how a run ended; `unknown` where it did not yet, or nothing says."""
+    try:
+        return str(json.loads((directory / RESULT).read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
@@ -88,13 +111,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                with path.open("rb") as written:
-                    os.fsync(written.fileno())
-            else:
-                sync_directory(path)
-        sync_directory(partial)
+        _sync_all(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -102,3 +119,30 @@ def whole_directory(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """Do the same outside a run directory, where nothing is ours: no file is replaced and no name is taken.
+
+    Raises OSError where something came to be in `final` meanwhile.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="ftune-", suffix=PARTIAL_SUFFIX, dir=final.parent) as own:
+        partial = Path(own) / "whole"  # made by mkdir, so that its rights are the usual ones
+        partial.mkdir()
+        yield partial
+        _sync_all(partial)
+        partial.rename(final)  # an empty directory gives way
+        sync_directory(final.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        else:
+            sync_directory(path)
+    sync_directory(folder)

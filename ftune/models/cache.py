@@ -10,13 +10,18 @@ import tempfile
 from pathlib import Path
 
 from ftune.digest import sha256_of
+from ftune.errors import MachineError, Problem
 from ftune.rundir import PARTIAL_SUFFIX
 
 
 def cache_directory() -> Path:
     """Return the cache folder: FTUNE_CACHE, or `~/.cache/ftune`."""
-    chosen = os.environ.get("FTUNE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path("~/.cache/ftune").expanduser()
+    chosen = os.environ.get("FTUNE_CACHE") or "~/.cache/ftune"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:  # no such user, or no home
+        what, fix = f"the cache folder `{chosen}` cannot be found", "set FTUNE_CACHE to a folder you can write to"
+        raise MachineError(Problem(rule="cache", what=what, why=str(error), fix=fix)) from None
 
 
 def content_hash(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune import rundir
-from ftune.errors import Problem, RecipeError, RunError
+from ftune.errors import Problem, RunError
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, damaged, silent
@@ -40,11 +40,11 @@ def of_run(directory: Path) -> Finished:
     """Return what a run directory holds; refuses one without a finished model."""
     if not directory.is_dir():
         fix = "name the training.output_dir of a run"
-        raise RecipeError(Problem(rule="no-run", what=f"there is no run directory `{directory}`", fix=fix))
+        raise RunError(Problem(rule="no-run", what=f"there is no run directory `{directory}`", fix=fix))
     folder = directory / rundir.MODEL
     if not is_run(directory):
         what = f"`{directory}` is not a run directory: it has no {rundir.RUN}"
-        raise RecipeError(Problem(rule="no-run", what=what, fix="name the training.output_dir of a run"))
+        raise RunError(Problem(rule="no-run", what=what, fix="name the training.output_dir of a run"))
     if not (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
         what = f"the run `{directory}` has no finished model"
         fix = f"let it finish: ftune resume {directory}"
@@ -93,14 +93,19 @@ def _attach(model: Any, folder: Path) -> Any:
 
 def recipe_of(directory: Path) -> Recipe | None:
     """Return what a run was told to do, as far as it is a run's directory."""
+    return spec_of(directory).recipe if (directory / rundir.RUN).is_file() else None
+
+
+def spec_of(directory: Path) -> RunSpec:
+    """Return the `run.json` of a run directory; raises RunError where it cannot be read."""
     path = directory / rundir.RUN
-    if not path.is_file():
-        return None
     try:
-        return RunSpec.from_json(path.read_text(encoding="utf-8")).recipe
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "restore it from a copy, or name the model's own folder"
-        raise RunError(Problem(rule="run-damaged", what=f"`{path}` cannot be read", why=str(error), fix=fix)) from None
+        return RunSpec.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = str(error).split("\n", maxsplit=1)[0]
+        fix = f"restore it from a copy, or start anew from the {rundir.RECIPE} beside it"
+        fix += f"; a finished model can be used without it: {directory / rundir.MODEL}"
+        raise RunError(Problem(rule="run-damaged", what=f"`{path}` cannot be read", why=why, fix=fix)) from None
 
 
 def _base_of(folder: Path) -> Model:

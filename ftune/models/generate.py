@@ -16,6 +16,10 @@ Prompt = str | tuple[Turn, ...] | PlainText
 """A bare text is a user's turn where the tokenizer has a template."""
 
 
+LOWEST_TEMPERATURE = 1e-4
+"""Below it the likeliest token is taken: it always wins, and dividing by less would overflow."""
+
+
 def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[str]:
     """Return what the model says to each prompt; autocast, if any, is the caller's."""
     answers = []
@@ -88,7 +92,7 @@ def settings(model: Any, tokenizer: Any, temperature: float = 0.0) -> dict[str, 
     pad = tokenizer.pad_token_id
     chosen: dict[str, Any] = {"use_cache": True, "eos_token_id": sorted(ends) or None}
     chosen["pad_token_id"] = pad if pad is not None else (min(ends) if ends else 0)
-    if temperature > 0:
+    if temperature >= LOWEST_TEMPERATURE:
         return {**chosen, "do_sample": True, "temperature": temperature}
     # None also undoes what a model's generation_config says: greedy with a temperature would warn.
     return {**chosen, "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}

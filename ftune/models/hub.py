@@ -6,6 +6,7 @@ Left to itself `from_pretrained` asks the hub again on every start, and retries 
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ def folder(model: Model, say: Say) -> str:
     if found is not None and _is_whole(found, model):
         return str(found)
     sizes = _remote_files(model)
+    if model.gguf_file is not None and model.gguf_file not in sizes:
+        raise _no_such_gguf(model, sizes)
     patterns = _patterns(model, sizes)
     total = sum(size for name, size in sizes.items() if any(Path(name).match(pattern) for pattern in patterns))
     say(f"downloading {model.model_name_or_path} ({format_bytes(total)})")
@@ -58,6 +61,16 @@ def _patterns(model: Model, sizes: dict[str, int]) -> list[str]:
     weights = "*.safetensors" if has_safetensors else "pytorch_model*.bin"
     code = ["*.py"] if model.trust_remote_code else []
     return [*_TEXT_FILES, weights, *code]
+
+
+def _no_such_gguf(model: Model, sizes: dict[str, int]) -> RecipeError:
+    wanted, there = str(model.gguf_file), sorted(name for name in sizes if name.endswith(".gguf"))
+    near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.4) or there[:1]
+    fix = f"set model.gguf_file to `{near[0]}`" if near else "remove model.gguf_file, or name another model"
+    more = f" and {len(there) - 8} more" if len(there) > 8 else ""
+    why = f"it has {', '.join(there[:8])}{more}" if there else "it has no GGUF file"
+    what = f"the model `{model.model_name_or_path}` has no file `{wanted}`"
+    return RecipeError(Problem(rule="unknown-model", what=what, why=why, fix=fix))
 
 
 def _remote_files(model: Model) -> dict[str, int]:

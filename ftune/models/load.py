@@ -17,6 +17,8 @@ from ftune.recipe.schema import Model
 
 _HARMLESS_EXTRAS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
 """Constants that old versions saved and new ones compute."""
+_INSTALLED = re.compile(r"pip install (?:-\S+ )*['\"]?([A-Za-z][\w.-]*)")
+"""The package in a library's advice, past options, quotes and version."""
 
 
 def load_tokenizer(model: Model, say: Say = silent) -> Any:
@@ -105,7 +107,7 @@ def _read_weights(model: Model, folder: str, config: Any) -> Any:
         raise _package_missing(error) from None
     except torch.OutOfMemoryError:
         raise
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, MemoryError) as error:
         raise _explain_failure(model, folder, error) from error
     _check_report(report, model.model_name_or_path)
     return loaded
@@ -113,6 +115,10 @@ def _read_weights(model: Model, folder: str, config: Any) -> Any:
 
 def _explain_failure(model: Model, folder: str, error: Exception) -> FtuneError:
     text = _first_line(error)
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        fix = "close other programs, choose a smaller model, or set model.dtype: bfloat16"
+        what = f"there is no memory left to load `{model.model_name_or_path}`"
+        return MachineError(Problem(rule="out-of-memory", what=what, why=text, fix=fix))
     if "attn" in text or "attention" in text.lower():
         key = f"model.attn_implementation: {model.attn_implementation}"
         fix = "set model.attn_implementation: auto"
@@ -148,7 +154,7 @@ def _device(device_type: str) -> torch.device:
 
 
 def _package_missing(error: ImportError) -> MachineError:
-    names = re.findall(r"pip install ([\w.-]+)", str(error)) or ([error.name] if error.name else [])
+    names = _INSTALLED.findall(str(error)) or ([error.name] if error.name else [])
     fix = f"pip install {names[0]}" if names else "install the package it names"
     return MachineError(
         Problem(rule="package-missing", what="a package this model needs is missing", why=_first_line(error), fix=fix)

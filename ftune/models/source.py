@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ftune.errors import MachineError, Problem, RecipeError, RunError
-from ftune.places import PACKAGE, meant_as_model_folder, package_folder
+from ftune.places import PACKAGE, expanded, meant_as_model_folder, package_folder
 from ftune.recipe.schema import Model
-from ftune.resolve.files import package_missing
+from ftune.resolve.files import model_is_a_file, package_missing
 
 Say = Callable[[str], None]
 
@@ -41,11 +41,11 @@ def raw_directory(model: Model, say: Say = silent) -> str:
         if found is None:
             raise MachineError(package_missing(name))
         return str(found)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return str(path.resolve())
     if path.is_file():
-        raise _unknown(name, "it is a file, and a model is a folder", _fix_for_file(path))
+        raise RecipeError(model_is_a_file(name, path.resolve()))
     if meant_as_model_folder(name):
         raise _unknown(name, "there is no such directory", _near_folders(path))
     from ftune.models import hub
@@ -56,7 +56,7 @@ def raw_directory(model: Model, say: Say = silent) -> str:
 def public_name(model: Model) -> str | None:
     """Return the hub name to write into saved configurations; None where only the folder itself can be named."""
     name = model.model_name_or_path
-    on_disk = name.startswith(PACKAGE) or model.gguf_file is not None or Path(name).expanduser().exists()
+    on_disk = name.startswith(PACKAGE) or model.gguf_file is not None or expanded(name).exists()
     return None if on_disk or meant_as_model_folder(name) else name
 
 
@@ -100,12 +100,6 @@ def damaged(path: str, why: str) -> RunError:
 
 def _unknown(name: str, why: str, fix: str) -> RecipeError:
     return RecipeError(Problem(rule="unknown-model", what=f"no model `{name}`", why=why, fix=fix))
-
-
-def _fix_for_file(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return f"set model.model_name_or_path to `{path.parent}` and model.gguf_file to `{path.name}`"
-    return f"set model.model_name_or_path to its folder, `{path.parent}`"
 
 
 def _near_folders(path: Path) -> str:

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from ftune.errors import Place, Problem, RecipeError
 from ftune.recipe import source as sources
 from ftune.recipe.source import KeyPath, Mark, Source
 
+_BEFORE_VALUE = 5
+"""Tokens of `value:`: the stream, the mapping, the key, its name and the colon."""
+_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)
 _FORM = "write it as --set training.learning_rate=1e-4"
 
 
@@ -59,12 +64,32 @@ def _read(number: int, text: str) -> _Argument | Problem:
         return Problem("override", f"`{text}` is not section.key=value", key, fix=_FORM)
     place = Place(key.file, None, len(path) + 2, text, max(1, len(written)))
     try:
-        value = sources.parse(key.file, "value: " + written).data["value"]
+        value = _value(key.file, written)
     except RecipeError as error:
         why = error.problems[0].what
         fix = f"quote the value: --set '{path}=\"...\"'"
         return Problem("override", f"the value of `{path}` cannot be read", place, why=why, fix=fix)
     return _Argument(parts, value, Mark(key, place))
+
+
+def _value(file: str, written: str) -> Any:
+    """Return what an argument's text means in YAML; raises RecipeError where YAML would leave a part of it out."""
+    text = "value: " + written
+    data = sources.parse(file, text).data
+    if list(data) != ["value"]:
+        raise RecipeError(Problem("override", "a second key begins on another line"))
+    tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
+    ends = [0, *(token.end_mark.index for token in tokens)]
+    gaps = [text[end : token.start_mark.index] for end, token in zip(ends, tokens, strict=False)]
+    if any(isinstance(token, (yaml.DocumentStartToken, yaml.DocumentEndToken)) for token in tokens):
+        raise RecipeError(Problem("override", "a line of it ends the value"))
+    if not any("#" in gap for gap in gaps):
+        return data["value"]
+    # In a file ` #` begins a remark; on a command line it is a part of a name.
+    value = [token for token in tokens[_BEFORE_VALUE:] if not isinstance(token, _ENDS)]
+    if "\n" in written or (value and not (len(value) == 1 and getattr(value[0], "plain", False))):
+        raise RecipeError(Problem("override", "` #` begins a remark in YAML, and would end the value"))
+    return sources.scalar(written.strip())
 
 
 def _put(data: dict[str, Any], argument: _Argument) -> Problem | None:

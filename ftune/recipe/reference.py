@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -126,7 +127,27 @@ def _section_schema(model: type[Options]) -> dict[str, Any]:
         schema["properties"][name]["description"] = text
     schema.pop("title", None)
     schema["description"] = inspect.getdoc(model) or ""
-    return schema
+    return _standard(schema)  # type: ignore[no-any-return]
+
+
+_BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
+
+
+def _standard(schema: Any) -> Any:
+    """Return a schema with bounds as JSON Schema calls them: pydantic leaves its own words beside a BeforeValidator."""
+    if isinstance(schema, list):
+        return [_standard(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "properties" in schema:
+        inner = {name: _standard(part) for name, part in schema["properties"].items()}
+        rest = {word: part for word, part in schema.items() if word != "properties"}
+        return {**_standard(rest), "properties": inner}
+    named = {_BOUNDS.get(word, word): part if word == "default" else _standard(part) for word, part in schema.items()}
+    # Below both `minimum` and `exclusiveMinimum`, the latter says it all.
+    if named.get("minimum", math.inf) <= named.get("exclusiveMinimum", -math.inf):
+        del named["minimum"]
+    return named
 
 
 def _kind(schema: dict[str, Any]) -> str:

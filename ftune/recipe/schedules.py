@@ -6,7 +6,9 @@ Hugging Face hands them to the schedule's function, which fails on an unknown on
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -87,3 +89,9 @@ SCHEDULES: dict[str, type[Options]] = {
     "warmup_stable_decay": WarmupStableDecay,
 }
 """The options of each schedule, by Hugging Face's name."""
+
+
+def steps_of_decay(options: Mapping[str, Any], warmup_steps: float, num_steps: int) -> int:
+    """Return how many steps `warmup_stable_decay` rises and falls; Hugging Face counts a share of steps as here."""
+    rise = int(warmup_steps) if warmup_steps >= 1 else math.ceil(num_steps * warmup_steps)
+    return rise + int(options.get("num_decay_steps") or 0)

@@ -87,7 +87,7 @@ class Training(Options):
     """How each step is made."""
 
     output_dir: Text
-    """The run directory; it must be new, or hold this very run."""
+    """The run directory; it must be new or empty. `ftune resume` goes on with a run that is there."""
     num_train_epochs: Positive = 3.0
     """How often every row is seen."""
     max_steps: Integer = Field(default=-1, ge=-1)
@@ -172,6 +172,12 @@ class Training(Options):
     """Trackers besides the run directory, such as tensorboard or wandb."""
     run_name: Text | None = None
     """What a tracker calls the run."""
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers asked for."""
+        wanted = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in wanted if name != "none"]
 
 
 class Distributed(Options):

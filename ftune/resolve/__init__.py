@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftune.errors import DataError, MachineError, Problem, RecipeError
+from ftune import rundir
+from ftune.errors import DataError, FtuneError, MachineError, Problem, RecipeError, RunError
 from ftune.machine import Machine
-from ftune.recipe import Loaded, order, read, validate
+from ftune.places import expanded
+from ftune.recipe import Loaded, order, overrides, read, source, validate
 from ftune.recipe.schema import Recipe
-from ftune.resolve import files
+from ftune.resolve import files, output
 from ftune.resolve.decide import decide
 from ftune.resolve.huggingface import training_arguments
 from ftune.resolve.spec import Decision, RunSpec
-from ftune.rules import check, is_machine_rule
+from ftune.rules import check, is_machine_rule, newly_broken
 
-__all__ = ["Decision", "RunSpec", "data_files", "examine", "findings", "raise_errors", "resolve"]
+__all__ = ["Decision", "RunSpec", "check_later", "data_files", "examine", "findings", "raise_errors", "resolve"]
 
 _SEVERITIES = ("error", "warning", "note")
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -25,33 +27,49 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsand
 
 def findings(loaded: Loaded, machine: Machine | None) -> list[Problem]:
     """Return every problem that can be known without loading the model, errors first, each kind in file order."""
-    found = check(loaded, machine) + files.problems(loaded.source)
+    found = check(loaded, machine) + files.problems(loaded.source) + output.problems(loaded.source)
     return sorted(found, key=lambda problem: (_SEVERITIES.index(problem.severity), *order(problem, loaded.source)))
 
 
 def examine(
-    recipe: str | Path | Mapping[str, Any], overrides: Sequence[str], machine: Machine | None
+    recipe: str | Path | Mapping[str, Any], changes: Sequence[str], machine: Machine | None
 ) -> tuple[Loaded | None, list[Problem]]:
     """Return the recipe, if it is one, and every problem: those of its shape together with those of its files."""
-    source = read(recipe, overrides)
+    written = read(recipe, changes)
     try:
-        loaded = validate(source, overrides)
+        loaded = validate(written, changes)
     except RecipeError as error:
-        found = [*error.problems, *files.problems(source)]
-        return None, sorted(found, key=lambda problem: order(problem, source))
+        found = [*error.problems, *files.problems(written), *output.problems(written)]
+        return None, sorted(found, key=lambda problem: order(problem, written))
     return loaded, findings(loaded, machine)
 
 
+def check_later(spec: RunSpec, key: str, value: Any, say: Callable[[str], None]) -> None:
+    """Raise RecipeError where what a run has found, as the value of a key, makes its recipe wrong; say what is odd."""
+    text = source.parse(rundir.RECIPE, spec.recipe_text)
+    section, name = key.split(".")
+    settled = getattr(spec.recipe, section).model_copy(update={name: value})
+    loaded = Loaded(spec.recipe, overrides.apply(text, spec.overrides), spec.overrides)
+    found = newly_broken(loaded, replace(spec.recipe, **{section: settled}))
+    raise_errors(found)
+    for problem in found:
+        if problem.severity == "warning":
+            say(f"warning: {problem}")
+
+
 def raise_errors(problems: list[Problem]) -> None:
-    """Raise all errors at once, under the exit code of the first kind that occurs: recipe, machine, data."""
+    """Raise all errors at once, under the exit code of the first kind that occurs: recipe, machine, data, run."""
     errors = tuple(problem for problem in problems if problem.severity == "error")
-    if not errors:
-        return
-    if all(problem.rule.startswith("data-") for problem in errors):
-        raise DataError(*errors)
-    if all(is_machine_rule(problem) or problem.rule.startswith("data-") for problem in errors):
-        raise MachineError(*errors)
-    raise RecipeError(*errors)
+    if errors:
+        raise min((_kind(problem) for problem in errors), key=lambda kind: kind.exit_code)(*errors)
+
+
+def _kind(problem: Problem) -> type[FtuneError]:
+    if problem.rule == "output-dir":
+        return RunError
+    if problem.rule.startswith("data-"):
+        return DataError
+    return MachineError if is_machine_rule(problem) else RecipeError
 
 
 def data_files(recipe: Recipe) -> list[str]:
@@ -65,8 +83,8 @@ def resolve(loaded: Loaded, machine: Machine, *, fingerprints: bool = True) -> R
     from ftune import __version__
 
     recipe, decisions = decide(loaded, machine)
-    output = str(Path(recipe.training.output_dir).expanduser().resolve())
-    recipe = replace(recipe, training=recipe.training.model_copy(update={"output_dir": output}))
+    directory = str(expanded(recipe.training.output_dir).resolve())
+    recipe = replace(recipe, training=recipe.training.model_copy(update={"output_dir": directory}))
     return RunSpec(
         recipe=recipe,
         training_arguments=training_arguments(recipe, device_type=machine.device_type),
@@ -75,6 +93,6 @@ def resolve(loaded: Loaded, machine: Machine, *, fingerprints: bool = True) -> R
         overrides=loaded.overrides,
         data_fingerprint=files.fingerprint(data_files(recipe)) if fingerprints else {},
         versions={name: machine.packages[name] for name in _PACKAGES if name in machine.packages},
-        device_type="cuda" if machine.gpus else "cpu",
+        device_type=machine.device_type,
         ftune_version=__version__,
     )

@@ -123,8 +123,13 @@ def _model_problems(source: Source) -> Iterator[Problem]:
     if found is None and meant_as_model_folder(name):
         yield Problem("model-directory", f"there is no directory {name}", place, fix=_near(name, beside))
     elif found is not None and found.is_file():
-        fix = f"name its folder, {found.parent}" + (f", and gguf_file: {found.name}" if found.suffix == ".gguf" else "")
-        yield Problem("model-directory", f"{name} is a file, and a model is a directory", place, fix=fix)
+        yield model_is_a_file(name, found, place)
+
+
+def model_is_a_file(name: str, found: Path, place: Place | None = None) -> Problem:
+    """Return the problem of a model that names a file in its folder."""
+    fix = f"name its folder, {found.parent}" + (f", and gguf_file: {found.name}" if found.suffix == ".gguf" else "")
+    return Problem("model-directory", f"{name} is a file, and a model is a directory", place, fix=fix)
 
 
 def package_missing(name: str, place: Place | None = None) -> Problem:

@@ -43,7 +43,7 @@ def training_arguments(recipe: Recipe, *, device_type: str) -> dict[str, Any]:
         "warmup_steps": _steps(training.warmup_steps),
         "eval_steps": None if training.eval_steps is None else _steps(training.eval_steps),
         "save_steps": _steps(training.save_steps),
-        "report_to": [] if training.report_to == "none" else training.report_to,
+        "report_to": training.trackers,
         "use_cpu": device_type == "cpu",
         # None leaves the process's setting alone; Hugging Face raises on a CPU for any other value.
         "tf32": training.tf32 if device_type == "cuda" else None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ftune.errors import Problem
 from ftune.machine import Machine
 from ftune.recipe import Loaded, load
-from ftune.recipe.schema import SECTIONS
+from ftune.recipe.schema import SECTIONS, Recipe
 from ftune.recipe.source import KeyPath, Source
 from ftune.rules.rule import Facts, Rule
 from ftune.rules.table import RULES
@@ -20,11 +21,17 @@ def check(loaded: Loaded, machine: Machine | None = None) -> list[Problem]:
     return [_problem(rule, facts, loaded.source) for rule in RULES if broken(rule, facts)]
 
 
+def newly_broken(loaded: Loaded, settled: Recipe) -> list[Problem]:
+    """Return what the rules say of a recipe only now that more of it is settled."""
+    before = {problem.rule for problem in check(loaded)}
+    return [problem for problem in check(replace(loaded, recipe=settled)) if problem.rule not in before]
+
+
 def facts_of(loaded: Loaded, machine: Machine | None = None) -> Facts:
     """Return what the rules look at."""
     sections = loaded.source.data.items()
     given = {f"{section}.{key}" for section, keys in sections if isinstance(keys, dict) for key in keys}
-    return Facts(loaded.recipe, machine, frozenset(given))
+    return Facts(loaded.recipe, machine, frozenset(given), loaded.directory)
 
 
 def broken(rule: Rule, facts: Facts) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.recipe.schedules import Polynomial
+from ftune.recipe.schedules import Polynomial, steps_of_decay
 from ftune.rules.rule import Facts, Rule
 
 
@@ -35,6 +35,14 @@ def _least_rates(facts: Facts) -> list[float]:
     if facts.recipe.training.lr_scheduler_type == "polynomial":
         options.setdefault("lr_end", Polynomial().lr_end)
     return [options[key] for key in ("min_lr", "lr_end") if options.get(key) is not None]
+
+
+def _falls_too_long(facts: Facts) -> bool:
+    training = facts.recipe.training
+    options, steps = training.lr_scheduler_kwargs, training.max_steps
+    if training.lr_scheduler_type != "warmup_stable_decay" or steps <= 0 or options.get("num_stable_steps") is not None:
+        return False
+    return steps_of_decay(options, training.warmup_steps, steps) > steps
 
 
 def _min_lr_choices(facts: Facts) -> int:
@@ -191,6 +199,30 @@ RULES: tuple[Rule, ...] = (
         also=(("training.learning_rate", "the peak"),),
         bad={"training": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}},
         good={"training": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-7}}},
+    ),
+    Rule(
+        id="decay-longer-than-run",
+        at="training.lr_scheduler_kwargs",
+        when=_falls_too_long,
+        what="the schedule is longer than the run",
+        because="it rises and falls over {steps_of_schedule} steps and the run has {steps}: Hugging Face would "
+        "leave out the beginning of the fall",
+        instead="set a smaller num_decay_steps or warmup_steps, or train for more steps",
+        also=(("training.max_steps", "the run"), ("training.warmup_steps", "the rise")),
+        bad={
+            "training": {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 100},
+                "max_steps": 50,
+            }
+        },
+        good={
+            "training": {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 20},
+                "max_steps": 50,
+            }
+        },
     ),
     Rule(
         id="nesterov-needs-momentum",

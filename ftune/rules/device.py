@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ftune.machine import Gpu, Machine
 from ftune.rules.rule import Facts, Rule
 
@@ -10,9 +12,8 @@ _PACKAGES = dict.fromkeys(_NAMES, "1")
 _CPU = Machine(packages=_PACKAGES)
 _TURING = Machine(gpus=(Gpu("Tesla T4", 16 * 2**30, (7, 5)),), packages=_PACKAGES)
 _AMPERE = Machine(gpus=(Gpu("NVIDIA A100", 80 * 2**30, (8, 0)),), packages={**_PACKAGES, "tensorboard": "1"})
-
-_FLASH = {"flash_attention_2": ("flash_attn", (8, 0)), "flash_attention_3": ("flash_attn_interface", (9, 0))}
-"""Package and least compute capability of each kind of flash attention."""
+_CPU_BUILD = replace(_AMPERE, packages={**_AMPERE.packages, "torch": "2.13.0+cpu"})
+_CUDA_BUILD = replace(_AMPERE, packages={**_AMPERE.packages, "torch": "2.13.0+cu130"})
 
 
 def _capability(facts: Facts) -> tuple[int, int]:
@@ -24,23 +25,46 @@ def _missing_packages(facts: Facts) -> bool:
     return bool(facts.words()["missing"])
 
 
-def _needs_flash(facts: Facts) -> bool:
-    return facts.recipe.model.attn_implementation in _FLASH
-
-
 def _flash_package_missing(facts: Facts) -> bool:
-    if not _needs_flash(facts) or facts.machine is None or facts.device_type == "cpu":
+    if facts.flash is None or facts.machine is None or facts.device_type == "cpu":
         return False
-    return not facts.machine.has(_FLASH[facts.recipe.model.attn_implementation][0])
+    return not facts.machine.has(facts.flash.package)
 
 
 def _flash_too_new(facts: Facts) -> bool:
-    if not _needs_flash(facts) or facts.device_type == "cpu":
-        return False
-    return _capability(facts) < _FLASH[facts.recipe.model.attn_implementation][1]
+    return facts.flash is not None and facts.device_type == "cuda" and _capability(facts) < facts.flash.capability
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        id="gpu-needs-cuda-build",
+        at="model.model_name_or_path",
+        when=lambda f: f.machine is not None and f.machine.lacks_cuda,
+        what="the PyTorch that is installed cannot use this machine's GPU",
+        because="torch {torch} is built for CPUs alone",
+        instead="{torch_install}; or train on the processor, with CUDA_VISIBLE_DEVICES= before the command",
+        label="would be trained on the GPU",
+        needs="machine",
+        bad_machine=_CPU_BUILD,
+        good_machine=_CUDA_BUILD,
+        bad={"model": {"model_name_or_path": "my-model"}},
+        good={"model": {"model_name_or_path": "my-model"}},
+    ),
+    Rule(
+        id="visible-device-unknown",
+        at="model.model_name_or_path",
+        when=lambda f: f.machine is not None and bool(f.machine.unknown_device),
+        what="CUDA_VISIBLE_DEVICES names `{unknown_device}`, and there is no such GPU",
+        because="CUDA hides that entry and all after it: what is left is {devices}",
+        instead="`nvidia-smi -L` lists the names there are",
+        label="will be trained there",
+        severity="warning",
+        needs="machine",
+        bad_machine=replace(_CPU, unknown_device="MIG-5c6b"),
+        good_machine=_CPU,
+        bad={"model": {"model_name_or_path": "my-model"}},
+        good={"model": {"model_name_or_path": "my-model"}},
+    ),
     Rule(
         id="fp16-needs-gpu",
         at="training.fp16",
@@ -92,7 +116,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="flash-attention-needs-gpu",
         at="model.attn_implementation",
-        when=lambda f: _needs_flash(f) and f.device_type == "cpu",
+        when=lambda f: f.flash is not None and f.device_type == "cpu",
         what="{attention} cannot run on a CPU",
         because="its kernels are written for GPUs",
         instead="set attn_implementation: auto",
@@ -118,8 +142,8 @@ RULES: tuple[Rule, ...] = (
         at="model.attn_implementation",
         when=_flash_package_missing,
         what="{attention} is not installed",
-        because="transformers takes its kernels from the flash-attn package",
-        instead="pip install flash-attn --no-build-isolation, or set attn_implementation: auto",
+        because="transformers takes its kernels from the package {flash_package}",
+        instead="{flash_install}, or set attn_implementation: auto",
         needs="machine",
         bad_machine=Machine(gpus=_AMPERE.gpus, packages={"torch": "1"}),
         bad={"model": {"attn_implementation": "flash_attention_2"}},

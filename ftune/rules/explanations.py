@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Sequence
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
+from ftune.machine import Machine
 from ftune.recipe.reference import Key, all_keys, key_table, keys_of
 from ftune.recipe.schedules import SCHEDULES
 from ftune.recipe.schema import SECTIONS
 from ftune.recipe.source import written
 from ftune.rules.check import example_problem
+from ftune.rules.messages import MESSAGES
 from ftune.rules.rule import Rule
 from ftune.rules.table import RULES
 
@@ -35,32 +38,51 @@ def overview() -> str:
         lines += [f"  {name:<20} {plugin.get(package, name).summary}" for name in plugin.names(package)]
     lines += ["", "Rules:"]
     lines += [f"  {rule.id:<40} {rule.severity}" for rule in RULES]
+    lines += ["", "Other errors:"]
+    lines += [f"  {name}" for name in sorted(MESSAGES)]
     return "\n".join(lines)
 
 
 def explain_name(name: str) -> str:
-    """Return what there is to say of a key, section, rule or method; raises RecipeError where there is none."""
+    """Return what there is to say of a key, section, rule or method; raises RecipeError where there is none.
+
+    A key or method may stand behind what it belongs to: `training.seed`, `lora.r`, `optim_args.betas`, `optim.sgd`.
+    """
     keys = all_keys()
-    short = name.rpartition(".")[2]
+    *above, short = name.split(".")
     parts: list[str] = []
     if name in SECTIONS:
         parts.append(_section(name, keys))
-    elif name == "optim":
+    elif short == "optim" and _within(above, "training"):
         parts.append(_list_of(plugin.OPTIMIZERS))
-    parts += [_method(package, short) for package in _KINDS if short in plugin.names(package)]
-    if short in SCHEDULES:
+    parts += [
+        _method(kind, short) for kind, key in _KINDS.items() if short in plugin.names(kind) and _within(above, key)
+    ]
+    if short in SCHEDULES and _within(above, "training.lr_scheduler_type"):
         parts.append(_schedule(short))
     parts += [_rule(rule) for rule in RULES if rule.id == name]
-    owners = [key for key in keys if key.name == short and (name == short or key.owner.startswith(name.split(".")[0]))]
+    if name in MESSAGES:
+        parts.append(f"{name}\n  {MESSAGES[name]}")
+    owners = [key for key in keys if key.name == short and _within(above, key.owner)]
     if owners and name not in SECTIONS:
         parts.append("\n\n".join(_key(key) for key in owners))
     if not parts:
-        known = {key.name for key in keys} | set(SECTIONS) | {rule.id for rule in RULES}
-        known |= {method for package in _KINDS for method in plugin.names(package)} | set(SCHEDULES)
-        near = difflib.get_close_matches(name, known, n=3)
-        fix = "did you mean " + " or ".join(near) + "?" if near else "`ftune explain` lists what there is"
-        raise RecipeError(Problem("unknown-name", f"there is nothing called `{name}`", fix=fix))
+        raise RecipeError(_unknown(name, keys))
     return "\n\n".join(parts)
+
+
+def _within(above: Sequence[str], owner: str) -> bool:
+    """Return whether the words before a name are words of what it belongs to, in order; `tuning (lora)` has two."""
+    words = iter(re.findall(r"\w+", owner))
+    return all(word in words for word in above)
+
+
+def _unknown(name: str, keys: Sequence[Key]) -> Problem:
+    known = {key.name for key in keys} | set(SECTIONS) | {rule.id for rule in RULES} | set(MESSAGES)
+    known |= {method for package in _KINDS for method in plugin.names(package)} | set(SCHEDULES)
+    near = difflib.get_close_matches(name, known, n=3)
+    fix = "did you mean " + " or ".join(near) + "?" if near else "`ftune explain` lists what there is"
+    return Problem("unknown-name", f"there is nothing called `{name}`", fix=fix)
 
 
 def _section(name: str, keys: Sequence[Key]) -> str:
@@ -108,10 +130,20 @@ def _rule(rule: Rule) -> str:
             f"  {problem.what}",
             f"  why: {problem.why}",
             f"  fix: {problem.fix}",
-            f"  fails: {flow(rule.bad)}",
-            f"  works: {flow(rule.good)}",
+            f"  fails: {flow(rule.bad)}{_on(rule, rule.bad_machine)}",
+            f"  works: {flow(rule.good)}{_on(rule, rule.good_machine)}",
         ]
     )
+
+
+def _on(rule: Rule, machine: Machine | None) -> str:
+    """Return on which machine an example fails or works, where the recipe makes no difference."""
+    if rule.good_machine is None or machine is None:
+        return ""
+    if machine.unknown_device:
+        return f", with CUDA_VISIBLE_DEVICES={machine.unknown_device} where there is no such GPU"
+    gpu = machine.gpus[0].name if machine.gpus else ""
+    return f", on an {gpu} with torch {machine.packages['torch']}" if gpu else ", without it"
 
 
 def rule_pages() -> str:
@@ -128,8 +160,8 @@ def _rule_page(rule: Rule) -> str:
             "",
             f"*{rule.severity}, {where}.* {_sentence(problem.what)} {_sentence(problem.why)}",
             "",
-            f"* fails: `{flow(rule.bad)}`",
-            f"* works: `{flow(rule.good)}`",
+            f"* fails: `{flow(rule.bad)}`{_on(rule, rule.bad_machine)}",
+            f"* works: `{flow(rule.good)}`{_on(rule, rule.good_machine)}",
             f"* fix: {problem.fix}",
         ]
     )

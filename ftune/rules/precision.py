@@ -5,15 +5,9 @@ from __future__ import annotations
 from ftune.plugin import Gradients
 from ftune.rules.rule import Facts, Rule
 
-_FLASH = ("flash_attention_2", "flash_attention_3")
-
 
 def _pure_half(facts: Facts, dtype: str) -> bool:
     return facts.recipe.model.dtype == dtype and not facts.tuning.frozen_base
-
-
-def _needs_flash(facts: Facts) -> bool:
-    return facts.recipe.model.attn_implementation in _FLASH
 
 
 def _no_half(facts: Facts) -> bool:
@@ -70,7 +64,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="flash-attention-needs-half-precision",
         at="model.attn_implementation",
-        when=lambda f: _needs_flash(f) and _no_half(f),
+        when=lambda f: f.flash is not None and _no_half(f),
         what="{attention} cannot compute in float32",
         because="its kernels take bfloat16 and float16 only, and both are off",
         instead="set bf16: auto, or attn_implementation: sdpa",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ftune.rules.rule import Facts, Rule
 
 
@@ -26,6 +29,72 @@ def _loss_setting_rule(key: str, bad_format: str, good_format: str) -> Rule:
         good={"data": {"format": good_format, key: False}},
     )
 
+
+def _unused(key: str, when: Callable[[Facts], bool], because: str, instead: str, **examples: Any) -> Rule:
+    """Return the warning that a key which the recipe gives has no part in the run."""
+    name = key.partition(".")[2]
+    return Rule(
+        id=f"{name.replace('_', '-')}-unused",
+        at=key,
+        when=lambda f: f.wants(key) and when(f),
+        what=f"{name} would be ignored",
+        because=because,
+        instead=instead,
+        severity="warning",
+        **examples,
+    )
+
+
+_UNUSED = (
+    _unused(
+        "model.revision",
+        lambda f: f.model_is_local,
+        "a folder or a package has no revisions: what is in it is taken",
+        "remove revision, or name a model of a hub",
+        bad={"model": {"model_name_or_path": "./my-model", "revision": "v2"}},
+        good={"model": {"model_name_or_path": "owner/my-model", "revision": "v2"}},
+    ),
+    _unused(
+        "data.train_split",
+        lambda f: not f.rows_are_on_a_hub("train"),
+        "data.train names files, and only a data set of a hub has splits",
+        "remove train_split, or name a data set of a hub",
+        bad={"data": {"train": "train.jsonl", "train_split": "test"}},
+        good={"data": {"train": "owner/my-data", "train_split": "test"}},
+    ),
+    _unused(
+        "data.eval_split",
+        lambda f: not f.rows_are_on_a_hub("eval"),
+        "data.eval names no data set of a hub, and nothing else has splits",
+        "remove eval_split, or set data.eval to a data set of a hub",
+        bad={"data": {"eval": "eval.jsonl", "eval_split": "test"}},
+        good={"data": {"eval": "owner/my-data", "eval_split": "test"}},
+    ),
+    _unused(
+        "data.max_eval_samples",
+        lambda f: f.recipe.data.eval is None,
+        "data.eval is not set: there are no evaluation rows",
+        "set data.eval, or remove max_eval_samples",
+        bad={"data": {"max_eval_samples": 100}},
+        good={"data": {"max_eval_samples": 100, "eval": "eval.jsonl"}},
+    ),
+    _unused(
+        "data.chat_template",
+        lambda f: f.format is not None and f.format.templated is False,
+        "`{format}` rows are learned as they stand",
+        "remove chat_template",
+        bad={"data": {"format": "text", "chat_template": "chat.jinja"}},
+        good={"data": {"format": "messages", "chat_template": "chat.jinja"}},
+    ),
+    _unused(
+        "data.shuffle_buffer_size",
+        lambda f: not f.recipe.data.streaming,
+        "without streaming all rows are drawn from at once",
+        "set data.streaming: true, or remove shuffle_buffer_size",
+        bad={"data": {"shuffle_buffer_size": 100}},
+        good={"data": {"shuffle_buffer_size": 100, "streaming": True}, "training": {"max_steps": 100}},
+    ),
+)
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -83,4 +152,5 @@ RULES: tuple[Rule, ...] = (
         bad={"data": {"packing": True}, "training": {"torch_compile": True}},
         good={"data": {"packing": True}},
     ),
+    *_UNUSED,
 )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ftune import plugin
 from ftune.errors import Severity
 from ftune.machine import Machine
+from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder
+from ftune.recipe.schedules import steps_of_decay
 from ftune.recipe.schema import Recipe
+from ftune.rules.attention import FLASH, Flash
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Facts:
     machine: Machine | None = None
     given: frozenset[str] = frozenset()
     """Dotted keys that the recipe or `--set` names, so that a default is not taken for a wish."""
+    beside: Path = Path()
+    """The recipe's own folder, from which relative paths may count."""
 
     @property
     def optimizer(self) -> plugin.Optimizer:
@@ -40,16 +46,38 @@ class Facts:
         return None if name == "auto" else plugin.format_named(name)
 
     @property
+    def flash(self) -> Flash | None:
+        """The kind of flash attention asked for."""
+        return FLASH.get(self.recipe.model.attn_implementation)
+
+    def wants(self, key: str) -> bool:
+        """Return whether the recipe gives a key a value."""
+        section, name = key.split(".")
+        return key in self.given and getattr(getattr(self.recipe, section), name) is not None
+
+    @property
+    def model_is_local(self) -> bool:
+        """Whether the model is in a package or a folder, rather than on a hub."""
+        name = self.recipe.model.model_name_or_path
+        found = locate(name, self.beside)
+        return name.startswith(PACKAGE) or meant_as_model_folder(name) or (found is not None and found.is_dir())
+
+    def rows_are_on_a_hub(self, key: str) -> bool:
+        """Return whether `data.train` or `data.eval` names a data set of a hub, where there are splits."""
+        value = getattr(self.recipe.data, key)
+        names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        return any(not meant_as_data_file(name) and locate(name, self.beside) is None for name in names)
+
+    @property
     def learning_rate(self) -> float:
         """The peak learning rate, as it will be."""
         rate = self.recipe.training.learning_rate
         return plugin.customary_learning_rate(self.optimizer, self.tuning)[0] if rate == "auto" else float(rate)
 
     @property
-    def trackers(self) -> tuple[str, ...]:
+    def trackers(self) -> list[str]:
         """The trackers asked for."""
-        wanted = self.recipe.training.report_to
-        return tuple(name for name in ([wanted] if isinstance(wanted, str) else wanted) if name != "none")
+        return self.recipe.training.trackers
 
     @property
     def device_type(self) -> str:
@@ -67,20 +95,32 @@ class Facts:
             "objective": self.recipe.objective.method,
             "format": data.format,
             "formats": ", ".join(sorted(self.objective.formats)),
-            "batch": training.per_device_train_batch_size,
-            "accumulation": training.gradient_accumulation_steps,
-            "effective": training.per_device_train_batch_size * training.gradient_accumulation_steps,
-            "zero_stage": self.recipe.distributed.zero_stage,
             "device_note": self.optimizer.device_notes.get(self.device_type, ""),
             "missing": " ".join(missing),
             "packages": " ".join(name.replace("_", "-") for name in missing),
             "attention": self.recipe.model.attn_implementation,
             "trackers": ", ".join(self.missing_trackers()),
             "tracker_packages": " ".join(name.replace("_", "-") for name in self.missing_trackers()),
-            "schedule": training.lr_scheduler_type,
+            "steps": training.max_steps,
+            "steps_of_schedule": steps_of_decay(
+                training.lr_scheduler_kwargs, training.warmup_steps, training.max_steps
+            ),
             "learning_rate": f"{self.learning_rate:g}",
             "loss_setting": self._loss_setting(),
             "loss_rule": self._loss_rule(),
+            "flash_package": self.flash.package if self.flash else "",
+            "flash_install": self.flash.install if self.flash else "",
+            **self._machine_words(),
+        }
+
+    def _machine_words(self) -> dict[str, str]:
+        machine = self.machine or Machine()
+        torch, count = machine.packages.get("torch", ""), len(machine.gpus)
+        return {
+            "torch": torch,
+            "torch_install": machine.torch_install,
+            "unknown_device": machine.unknown_device,
+            "devices": f"{count} GPU{'s' if count > 1 else ''}" if count else "the processor",
         }
 
     def missing_trackers(self) -> list[str]:
@@ -121,3 +161,5 @@ class Rule:
     needs: Literal["recipe", "machine"] = "recipe"
     bad_machine: Machine = field(default_factory=Machine)
     """For machine rules: a machine on which `bad` fails (and `good` passes)."""
+    good_machine: Machine | None = None
+    """Where no recipe helps: the machine on which `good` passes instead."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -93,15 +94,20 @@ def _epoch_is_over(state: Any) -> bool:
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
-    """The first Ctrl-C (or SIGTERM) ends the run after its current step, saved; a second one ends it at once."""
+    """The first Ctrl-C (or SIGTERM) ends the run after its current step, saved; a second one ends it at once.
+
+    Outside the steps, while a run loads or writes its result, the first one ends it at once.
+    """
 
     def __init__(self) -> None:
+        self.stepping = False
         self.requested = False
         self.stopped = False
+        self.process = os.getpid()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take both signals while training; outside the main thread Python allows no handler."""
+        """Take both signals; outside the main thread Python allows no handler."""
         previous = {}
         if threading.current_thread() is threading.main_thread():
             previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -111,11 +117,25 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Stop after a step, not at once, inside the block."""
+        self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
+
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.requested:
+        forked = os.getpid() != self.process  # a worker of a loader, which its parent ends
+        if forked and not self.stepping:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self.requested or not self.stepping:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step, and saving; once more to stop at once", file=sys.stderr, flush=True)
+        if not forked:
+            print("\nstopping after this step, and saving; once more to stop at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self._everywhere(args) and not control.should_training_stop:

@@ -57,10 +57,8 @@ def latest(directory: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def remove_partial(directory: Path) -> None:
-    """Delete what a killed run was in the middle of writing; a file of another name is a user's own."""
-    written = [directory / (name + rundir.PARTIAL_SUFFIX) for name in sorted(rundir.OWN)]
-    written += (directory / rundir.CHECKPOINTS).glob("checkpoint-[0-9]*" + rundir.PARTIAL_SUFFIX)
-    for path in written:
+    """Delete what a killed run was in the middle of writing."""
+    for path in rundir.partials(directory):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -12,19 +12,22 @@ from pathlib import Path
 
 from ftune import rundir
 from ftune.errors import Problem, RunError
+from ftune.places import expanded
 from ftune.recipe import overrides
 from ftune.resolve import Decision, RunSpec
+from ftune.resolve.output import in_the_way
 from ftune.training import checkpoint
 
 
 def create(spec: RunSpec) -> None:
     """Make the run directory of a new run; raises RunError where another run, or anything else, is in it."""
-    directory = Path(spec.recipe.training.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise RunError(_in_the_way(directory, "it is a file", "choose another training.output_dir"))
-    if directory.is_dir() and any(entry.name != rundir.LOCK for entry in directory.iterdir()):
-        _make_room(directory)
+    directory = expanded(spec.recipe.training.output_dir)
     try:
+        _refuse_what_holds_work(directory)
+        if directory.is_dir() and any(entry.name != rundir.LOCK for entry in directory.iterdir()):
+            with held(directory):
+                _refuse_what_holds_work(directory)  # that another process may have begun meanwhile
+                _clear(directory)
         (directory / rundir.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         rundir.write_text(directory / rundir.RECIPE, spec.recipe_text)
         if spec.overrides:
@@ -36,38 +39,20 @@ def create(spec: RunSpec) -> None:
         raise RunError(Problem("output-dir", f"cannot write to {directory}", why=str(error), fix=fix)) from None
 
 
-def _make_room(directory: Path) -> None:
-    """Clear what a run left that never took a step; refuse anything that holds work."""
-    if not (directory / rundir.RUN).exists():
-        raise RunError(_in_the_way(directory, "it holds other files", "choose a new training.output_dir"))
-    with held(directory):
-        if (
-            rundir.checkpoints(directory)
-            or (directory / rundir.METRICS).exists()
-            or (directory / rundir.MODEL).exists()
-        ):
-            fix = f"go on with it: ftune resume {directory}; or start anew elsewhere: --set training.output_dir=..."
-            raise RunError(_in_the_way(directory, "it holds another run", fix))
-        _clear(directory)
+def _refuse_what_holds_work(directory: Path) -> None:
+    problem = in_the_way(directory)
+    if problem is not None:
+        raise RunError(problem)
 
 
 def _clear(directory: Path) -> None:
-    """Remove what ftune itself wrote, and nothing else: what a user put there is not ours to delete."""
+    """Remove what a run left that never took a step: all of it is ftune's own."""
     checkpoint.remove_partial(directory)
-    strangers = [entry.name for entry in directory.iterdir() if entry.name not in rundir.OWN]
-    strangers += [f"{rundir.CHECKPOINTS}/{entry.name}" for entry in (directory / rundir.CHECKPOINTS).glob("*")]
-    if strangers:
-        why = f"besides a run that failed it holds {', '.join(sorted(strangers)[:3])}"
-        raise RunError(_in_the_way(directory, why, "choose a new training.output_dir, or move these files away"))
     for entry in directory.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name != rundir.LOCK:
             entry.unlink()
-
-
-def _in_the_way(directory: Path, why: str, fix: str) -> Problem:
-    return Problem("output-dir", f"{directory} is in use", why=why, fix=fix)
 
 
 @contextlib.contextmanager

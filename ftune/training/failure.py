@@ -63,10 +63,24 @@ def _out_of_memory(error: BaseException, spec: RunSpec) -> Problem:
 
 
 def _write(home: Path, error: BaseException) -> None:
-    path = home / rundir.RESULT
-    if isinstance(error, Interrupted) and path.exists():
+    if isinstance(error, Interrupted) and rundir.status(home) == "interrupted":
         return  # written with the run's figures when it was saved
     status = "interrupted" if isinstance(error, Interrupted) else "failed"
     values = {"status": status, "error": type(error).__name__, "message": str(error)}
     with contextlib.suppress(OSError):  # a full disk must not hide why the run failed
-        rundir.write_text(path, json.dumps(values, indent=2) + "\n")
+        rundir.write_text(home / rundir.RESULT, json.dumps(values, indent=2) + "\n")
+    _draw_again(home)
+
+
+def _draw_again(home: Path) -> None:
+    """Bring the report of an earlier end up to date; where it cannot be, none is better than a wrong one."""
+    path = home / rundir.REPORT
+    if not path.exists():
+        return
+    try:
+        from ftune import report
+
+        report.write(home)
+    except Exception:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 from ftune import rundir
 from ftune.errors import Problem, RunError
 from ftune.machine import Machine
+from ftune.models.finished import spec_of
 from ftune.recipe import Loaded, load, overrides, source
 from ftune.resolve import RunSpec, data_files, raise_errors, resolve
 from ftune.resolve.decide import settings_of
@@ -35,7 +37,6 @@ MAY_CHANGE = (
     "training.dataloader_",
     "training.early_stopping_",
     "training.load_best_model_at_end",
-    "training.output_dir",
 )
 """Settings that a run may go on with changed: they do not touch what was already learned."""
 FOUND_AGAIN = ("data.format", "data.train", "data.eval", "data.chat_template", "model.model_name_or_path")
@@ -55,22 +56,34 @@ class Continued:
 def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continued:
     """Return what a stopped run goes on with; raises RunError where it cannot, saying what differs."""
     before = _with_output(_read_spec(directory), directory.resolve())
-    if not changes and _status(directory) == "finished":
-        fix = "train longer: ftune resume DIR --set training.num_train_epochs=N; or talk to it: ftune chat DIR"
-        raise RunError(Problem("resume-finished", f"the run in {directory} is finished", fix=fix))
-    spec = _changed(directory, before, changes, machine) if changes else before
-    raise_errors(check(Loaded(spec.recipe, source.Source(rundir.RECIPE, spec.recipe_text, {})), machine))
+    if not changes and rundir.status(directory) == "finished":
+        raise RunError(_finished(directory, before))
+    if "training.output_dir" in _named(changes):
+        what, why = "a run goes on in its own directory", "training.output_dir says where a new run is made"
+        fix = f"move or rename {directory} itself, then resume it there"
+        raise RunError(Problem("resume-changed", what, why=why, fix=fix))
+    said: list[Problem] = []
+    if changes:
+        spec, loaded = _changed(directory, before, changes, machine)
+        said = check(loaded, machine)
+        raise_errors(said)
+    else:
+        spec = before
+        raise_errors(check(Loaded(spec.recipe, source.Source(rundir.RECIPE, spec.recipe_text, {})), machine))
     _check_data(spec)
     main = os.environ.get("RANK", "0") == "0"
     with held(directory) if main else contextlib.nullcontext():
         found, damaged = checkpoint.latest(directory)
         if found is not None:
             _check_ranks(found)
+        if rundir.status(directory) == "finished":
+            _require_more(directory, before, spec, found)
         if main:
             _put_aside(path for path, _ in damaged)
             if changes:
                 _write_down(directory, spec)
-    notes = list(_differences(spec, machine))
+    notes = [f"{problem.severity}: {problem}" for problem in said]
+    notes += _differences(spec, machine)
     notes += [f"{path.name} is damaged ({why}); going back to the one before" for path, why in damaged]
     notes.append(f"going on from {found.name}" if found else "nothing was saved yet: starting from the beginning")
     return Continued(spec, found, tuple(notes))
@@ -81,12 +94,7 @@ def _read_spec(directory: Path) -> RunSpec:
     if not path.exists():
         fix = "name the training.output_dir of a run; `ftune train RECIPE` starts one"
         raise RunError(Problem("resume-directory", f"{directory} is not a run directory", why=f"no {path}", fix=fix))
-    try:
-        return RunSpec.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error).split("\n", maxsplit=1)[0]
-        fix = "start anew from the recipe.yaml beside it"
-        raise RunError(Problem("resume-damaged", f"{path} cannot be read", why=why, fix=fix)) from None
+    return spec_of(directory)
 
 
 def _with_output(spec: RunSpec, directory: Path) -> RunSpec:
@@ -94,24 +102,52 @@ def _with_output(spec: RunSpec, directory: Path) -> RunSpec:
     return replace(spec, recipe=replace(spec.recipe, training=training))
 
 
-def _status(directory: Path) -> str:
-    try:
-        return str(json.loads((directory / rundir.RESULT).read_text(encoding="utf-8"))["status"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unknown"
+def _finished(directory: Path, spec: RunSpec, why: str = "") -> Problem:
+    key = "max_steps" if spec.recipe.training.max_steps > 0 else "num_train_epochs"
+    fix = f"train longer: ftune resume {directory} --set training.{key}=N; or talk to it: ftune chat {directory}"
+    return Problem("resume-finished", f"the run in {directory} is finished; nothing more to do", why=why, fix=fix)
 
 
-def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Machine) -> RunSpec:
-    """Return the spec with changes applied; raises RunError where they touch what was already learned."""
-    named = {change.partition("=")[0].strip() for change in changes}
+def _require_more(directory: Path, before: RunSpec, spec: RunSpec, found: Path | None) -> None:
+    """Raise RunError where a finished run would take no more steps: it would end at once, as if it had trained."""
+    done = int(json.loads((directory / rundir.RESULT).read_text(encoding="utf-8")).get("steps", 0))
+    old, new = before.recipe.training, spec.recipe.training
+    taken = f"it took {done} steps, and with these settings it takes no more"
+    if found is not None and json.loads((found / checkpoint.STATE).read_text(encoding="utf-8"))["stopped_early"]:
+        raise RunError(_finished(directory, spec, f"it stopped early, after {done} steps"))
+    if new.max_steps > 0:
+        grows = new.max_steps > done
+        taken = f"training.max_steps: {new.max_steps} decides how long it trains; {taken}"
+    elif old.max_steps <= 0 and new.num_train_epochs <= old.num_train_epochs:
+        grows = False
+    else:
+        grows = found is None or math.ceil(_steps_of_an_epoch(found) * new.num_train_epochs) > done
+    if not grows:
+        raise RunError(_finished(directory, spec, taken))
+
+
+def _steps_of_an_epoch(found: Path) -> int:
+    state = json.loads((found / "trainer_state.json").read_text(encoding="utf-8"))
+    return round(state["global_step"] / state["epoch"])
+
+
+def _named(changes: Sequence[str]) -> set[str]:
+    """Return the dotted keys of changes, written as `--set` reads them."""
+    return {".".join(part.strip() for part in change.partition("=")[0].split(".")) for change in changes}
+
+
+def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Machine) -> tuple[RunSpec, Loaded]:
+    """Return the spec with changes applied, and its recipe; raises RunError where they touch what was learned."""
+    named = _named(changes)
     loaded = load(directory / rundir.RECIPE, (*spec.overrides, *changes))
     fresh = _with_output(resolve(loaded, machine, fingerprints=False), directory.resolve())
-    recipe = fresh.recipe
+    recipe, written = fresh.recipe, loaded.recipe
     for key in FOUND_AGAIN:
         if key not in named:
             section, name = key.split(".")
-            old = getattr(getattr(spec.recipe, section), name)
-            recipe = replace(recipe, **{section: getattr(recipe, section).model_copy(update={name: old})})
+            old = {name: getattr(getattr(spec.recipe, section), name)}
+            recipe = replace(recipe, **{section: getattr(recipe, section).model_copy(update=old)})
+            written = replace(written, **{section: getattr(written, section).model_copy(update=old)})
     before, after = settings_of(spec.recipe), settings_of(recipe)
     refused = [key for key in after if before.get(key) != after[key] and not _may_change(key, before[key], after[key])]
     if refused:
@@ -124,7 +160,7 @@ def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Ma
     if "data.eval" in named:
         now = fingerprint(data_files(recipe))
         digests = {name: digests.get(name, digest) for name, digest in now.items()}
-    return replace(fresh, recipe=recipe, data_fingerprint=digests)
+    return replace(fresh, recipe=recipe, data_fingerprint=digests), replace(loaded, recipe=written)
 
 
 def _may_change(key: str, before: Any, after: Any) -> bool:
@@ -136,7 +172,8 @@ def _may_change(key: str, before: Any, after: Any) -> bool:
 
 def _write_down(directory: Path, spec: RunSpec) -> None:
     """Make changes part of the run; how it ended before is no longer true."""
-    (directory / rundir.RESULT).unlink(missing_ok=True)
+    for name in (rundir.RESULT, rundir.REPORT):
+        (directory / name).unlink(missing_ok=True)
     rundir.write_text(directory / rundir.OVERRIDES, overrides.as_yaml(spec.overrides))
     rundir.write_text(directory / rundir.RUN, spec.to_json())
 
@@ -173,5 +210,5 @@ def _differences(spec: RunSpec, machine: Machine) -> Iterator[str]:
         now = machine.packages.get(name)
         if now != before:
             yield f"{name} is {now or 'missing'} now, and was {before}: results may differ in the last digits"
-    if spec.device_type != ("cuda" if machine.gpus else "cpu"):
+    if spec.device_type != machine.device_type:
         yield f"the run began on {spec.device_type}: results will differ in the last digits"

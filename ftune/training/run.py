@@ -13,7 +13,7 @@ from ftune import plugin, rundir
 from ftune.data.collate import Collator, padding_id
 from ftune.models.load import load_tokenizer
 from ftune.models.quiet import quiet
-from ftune.resolve import Decision, RunSpec
+from ftune.resolve import Decision, RunSpec, check_later
 from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
@@ -29,14 +29,16 @@ def train(spec: RunSpec, *, plain: bool = False, checkpoint: Path | None = None)
     main = os.environ.get("RANK", "0") == "0"
     shown = progress.choose(plain=plain, main=main)
     home = Path(spec.recipe.training.output_dir)
-    with directory.held(home) if main else contextlib.nullcontext(), failure.written_down(spec, main=main):
+    stop = StopOnRequest()
+    held = directory.held(home) if main else contextlib.nullcontext()
+    with held, failure.written_down(spec, main=main), stop.listening():
         try:
-            return _run(spec, checkpoint, shown)
+            return _run(spec, checkpoint, shown, stop)
         finally:
             shown.close()
 
 
-def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> RunResult:
+def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop: StopOnRequest) -> RunResult:
     started, recipe = time.perf_counter(), spec.recipe
     home = Path(recipe.training.output_dir)
     arguments = _arguments(spec, fresh=checkpoint is None)
@@ -45,6 +47,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
         tokenizer = load_tokenizer(recipe.model, shown.say)
         data = load_rows(spec, tokenizer)
         if spec.recipe.data.format == "auto":
+            check_later(spec, "data.format", data.format, shown.say)
             spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
         spec, model = load_base(spec, shown)
     recipe = spec.recipe
@@ -59,7 +62,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
     flatten = recipe.model.attn_implementation.startswith("flash")
     padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
     collator = Collator(padding, flatten=flatten)
-    metrics, samples, stop = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown), StopOnRequest()
+    metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
     if recipe.training.early_stopping_patience is not None:
         training = recipe.training
@@ -68,6 +71,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
         trainer = FtuneTrainer(Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments), callbacks)
     trainer.remove_callback(PrinterCallback)
     check_room(trainer)
+    check_later(spec, "training.max_steps", trainer.planned_steps(), shown.say)
     _say_what_moves(trainer, shown)
 
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
@@ -80,11 +84,12 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress) -> Ru
         samples.forget_after(step)
     if checkpoint is None:
         samples.before = samples.ask("before")
-    with stop.listening(), quiet():
+    with quiet():
         if checkpoint is not None and trainer.has_ended(checkpoint):
             trainer.load_end(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with stop.between_steps():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return finish(trainer, samples, stopped=stop.stopped, wall_seconds=time.perf_counter() - started, shown=shown)
 
 

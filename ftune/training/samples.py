@@ -32,7 +32,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             return []
         recipe = trainer.recipe
         self.prompts = _as_trained(self.prompts, recipe.data)
-        with trainer.aside(), trainer.autocast_smart_context_manager():
+        with trainer.aside(), trainer.accelerator.autocast():
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             answers = generate_answers(
                 model, trainer.processing_class, self.prompts, recipe.training.sample_max_new_tokens

@@ -169,6 +169,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
 
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **named: Any) -> EvalLoopOutput:
         """Return the mean loss over all trained tokens of all rows; the Trainer's would be a mean of batch means."""
+        # Autocast is our own: the model has it only once `train` has prepared it, which a run at its end does not.
         model = self._wrap_model(self.model, training=False)
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
@@ -176,7 +177,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 count = (batch["labels"][:, 1:] != IGNORED).sum()
-                with self.compute_loss_context_manager(), self.autocast_smart_context_manager():
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
                     loss = self.objective.loss(
                         model, batch, num_items=1, label_smoothing=0.0, options=self.recipe.objective.options
                     )

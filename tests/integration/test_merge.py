@@ -189,12 +189,86 @@ def refused(run: Path, output: Path) -> FtuneError:
     return caught.value
 
 
+def test_what_lies_beside_the_output_is_left_alone(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    adapt(run, tiny_model)
+    (tmp_path / "keep.partial").mkdir()
+    (tmp_path / "keep.partial" / "mine.txt").write_text("mine")
+    (tmp_path / "other.partial").write_text("mine too")
+    before = {path.name for path in tmp_path.iterdir()}
+    for name in ("keep", "other"):
+        export.merge(run, tmp_path / name)
+        assert (tmp_path / name / "config.json").is_file()
+    assert (tmp_path / "keep").stat().st_mode == (tmp_path / "keep.partial").stat().st_mode
+    assert (tmp_path / "keep.partial" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "other.partial").read_text() == "mine too"
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "keep", "other"}
+
+
+def test_what_came_to_lie_in_the_output_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    def write() -> None:
+        with export._written_whole(tmp_path / "out") as partial:
+            (partial / "config.json").write_text("{}")
+            (tmp_path / "out" / "mine.txt").write_text("mine")
+
+    with pytest.raises(RunError) as caught:
+        write()
+    assert caught.value.problems[0].rule == "output-unwritable"
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_an_output_that_can_be_no_path(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    adapt(run, tiny_model)
+    with pytest.raises(RecipeError) as caught:
+        export.merge(run, tmp_path / ("x" * 300))
+    assert caught.value.problems[0].rule == "bad-path"
+
+
+def test_no_prompt_is_longer_than_the_positions(tmp_path: Path) -> None:
+    from conftest import make_tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=16, n_layer=1, n_head=2, n_positions=16)).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    run = write_run(tmp_path / "run", base)
+    adapt(run, base, fan_in_fan_out=True)
+    assert export.merge(run, tmp_path / "merged").prompts == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_base_is_refused_in_words(tmp_path: Path) -> None:
+    """By full fine-tuning and by merging; an adapter learns on it."""
+    from conftest import make_model, make_tokenizer
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from ftune import plugin
+
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "plain")
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    base = tmp_path / "base"
+    quantised.save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    run = write_run(tmp_path / "run", base)
+    adapt(run, base)
+    error = refused(run, tmp_path / "merged")
+    assert isinstance(error, RecipeError)
+    assert error.problems[0].rule == "base-quantised"
+    full = plugin.tuning("full")
+    with pytest.raises(RecipeError, match="quantised"):
+        full.apply(load_model(Model(model_name_or_path=str(base), dtype="float32")), full.Options())
+
+
 def test_refusals(run: Path, tiny_model: Path, tmp_path: Path) -> None:
     from shutil import copytree
 
     output = tmp_path / "merged"
     missing = refused(tmp_path / "nowhere", output)
-    assert isinstance(missing, RecipeError)
+    assert isinstance(missing, RunError)
     assert missing.problems[0].rule == "no-run"
     unfinished = refused(run, output)
     assert isinstance(unfinished, RunError)

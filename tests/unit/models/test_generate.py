@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ftune.errors import RecipeError
-from ftune.models.generate import encode, fitted, generate_answers
+from ftune.models.generate import encode, fitted, generate_answers, settings
 from ftune.models.load import load_model, load_tokenizer
 from ftune.plugin import PlainText, Turn
 from ftune.recipe.schema import Model
@@ -125,6 +125,14 @@ def test_no_more_than_the_positions(model: Any, length: int, wanted: int, kept: 
     fitting, most = fitted(model, ids, wanted)
     assert fitting[0].tolist() == ids[0, -kept:].tolist()
     assert most == new
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 9e-5, 1e-4])
+def test_hardly_any_temperature_takes_the_likeliest(model: Any, tokenizer: Any, temperature: float) -> None:
+    ids = encode(tokenizer, "Hello")
+    made = model.generate(ids, max_new_tokens=8, **settings(model, tokenizer, temperature))
+    text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert text == by_hand(model, tokenizer, ids[0].tolist(), 8, {1})
 
 
 def test_learned_positions_are_not_left(tokenizer: Any) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,42 @@ def test_truncated_weights_are_damaged(copied: Path, left: int) -> None:
     error = refused(copied)
     assert isinstance(error, RunError)
     assert error.problems[0].rule == "weights-damaged"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory")
+@pytest.mark.parametrize("left", [30, 90])
+def test_too_little_memory_is_no_damage(
+    left: int, tiny_model: Path, tmp_path: Path, make_tiny: Callable[..., Path]
+) -> None:
+    make_tiny(tmp_path, vocab_size=500_000, dtype="bfloat16")
+    code = (
+        "import resource, sys\n"
+        "from ftune.models.load import load_model\n"
+        "from ftune.recipe.schema import Model\n"
+        "load_model(Model(model_name_or_path=sys.argv[2], dtype='float32'))\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]) * 2**20,) * 2)\n"
+        "try:\n    load_model(Model(model_name_or_path=sys.argv[1], dtype='float32'))\n"
+        "except Exception as error:\n    print(type(error).__name__, error.problems[0].rule)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, tiny_model, str(left)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "MachineError out-of-memory\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("advice", "package"),
+    [
+        ("`pip install -U bitsandbytes>=0.46.1`", "bitsandbytes"),
+        ("please run pip install --upgrade 'flash-attn'", "flash-attn"),
+        ("pip install einops", "einops"),
+    ],
+)
+def test_the_package_in_a_librarys_advice(advice: str, package: str) -> None:
+    from ftune.models.load import _package_missing
+
+    assert _package_missing(ImportError(advice)).problems[0].fix == f"pip install {package}"
 
 
 def test_a_missing_shard_is_named(copied: Path) -> None:

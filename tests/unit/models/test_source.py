@@ -50,10 +50,18 @@ def test_misspelt_directory_names_the_near_one(tmp_path: Path) -> None:
     assert str(tmp_path / "my-model") in problem.fix
 
 
+def test_a_name_that_can_be_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("~nobody-at-all/m", "x" * 300):
+        assert refused(name).problems[0].rule == "bad-path"
+    monkeypatch.setenv("FTUNE_CACHE", "~nobody-at-all/c")
+    with pytest.raises(MachineError, match="FTUNE_CACHE"):
+        cache_directory()
+
+
 def test_a_file_or_a_gguf_in_the_folder_says_which_keys_to_set(tmp_path: Path) -> None:
     gguf = tmp_path / "x.Q4_0.gguf"
     gguf.write_bytes(b"GGUF")
-    assert "model.gguf_file to `x.Q4_0.gguf`" in refused(str(gguf)).problems[0].fix
+    assert refused(str(gguf)).problems[0].fix == f"name its folder, {tmp_path}, and gguf_file: x.Q4_0.gguf"
     error = refused(str(tmp_path), gguf_file="x.Q4_1.gguf")
     assert "model.gguf_file to `x.Q4_0.gguf`" in error.problems[0].fix
     with pytest.raises(RecipeError) as caught:

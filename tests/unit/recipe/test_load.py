@@ -250,6 +250,38 @@ def test_problems_of_set_point_at_the_argument(
         assert " --> --set #2\n" in render(problem, io.StringIO())
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("try #2", "try #2"), ("#1", "#1"), (" a#b ", "a#b"), ("'a #b'", "a #b"), ("\u00e9 # ", "\u00e9 #")],
+)
+def test_a_name_with_a_hash_is_taken_whole(written: str, name: str, loaded: Load) -> None:
+    assert loaded("", [f"training.run_name={written}"]).recipe.training.run_name == name
+
+
+def test_lines_are_no_harm_inside_brackets(loaded: Load) -> None:
+    assert loaded("", ["data.train=[a,\n b]"]).recipe.data.train == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "training.seed=3 # three",
+        "training.run_name='a' # b",
+        "data.train=[a, b] # c",
+        "data.train=[a, # c\n b]",
+        "training.run_name=a\n# b",
+        "training.run_name=a\nseed: 2",
+        "training.run_name=a\n...",
+        "training.run_name=&a #1",
+    ],
+)
+def test_no_part_of_an_argument_is_left_out_in_silence(argument: str, write: Callable[[str], Path]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(write(SMALLEST), [argument])
+    (problem,) = caught.value.problems
+    assert str(problem.where) == "--set #1"
+
+
 def test_problems_of_file_and_arguments_come_together(write: Callable[[str], Path]) -> None:
     with pytest.raises(RecipeError) as caught:
         load(write(SMALLEST + "  sede: 3\n"), ["nonsense", "training.max_steps=x"])

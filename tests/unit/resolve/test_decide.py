@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftune.errors import RecipeError
 from ftune.machine import Gpu, Machine
 from ftune.recipe import load
-from ftune.resolve import RunSpec, findings, resolve
+from ftune.resolve import RunSpec, check_later, findings, resolve
 from ftune.rules import RULES
 from ftune.rules.check import broken, example
 from ftune.rules.rule import Facts
@@ -210,3 +211,37 @@ def test_paths_are_found_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (why["data.train"], why["data.eval"]) == ("found beside the recipe", "found from here")
     assert spec.recipe.training.output_dir == str(tmp_path / "o")
     assert set(spec.data_fingerprint) == {spec.recipe.data.train, *spec.recipe.data.eval}
+
+
+@pytest.mark.parametrize(
+    ("asked", "trackers"),
+    [("none", []), (["none"], []), (["none", "none"], []), (["none", "wandb"], ["wandb"]), ("wandb", ["wandb"])],
+)
+def test_none_is_no_tracker(asked: str | list[str], trackers: list[str]) -> None:
+    spec = resolve(example({"training": {"report_to": asked}}), MACHINES["CPU"])
+    assert spec.training_arguments["report_to"] == trackers
+
+
+def test_what_a_run_finds_out_can_be_wrong_or_odd() -> None:
+    changes = {"data": {"assistant_only_loss": False, "chat_template": "chat.jinja"}}
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}}
+    spec = resolve(example({**changes, "training": {**schedule, "num_train_epochs": 1}}), MACHINES["CPU"])
+    said: list[str] = []
+    check_later(spec, "data.format", "messages", said.append)
+    check_later(spec, "training.max_steps", 100, said.append)
+    assert said == []
+    check_later(spec, "data.format", "text", said.append)
+    assert said[0].startswith("warning: recipe.yaml:")
+    assert "chat_template would be ignored" in said[0]
+    with pytest.raises(RecipeError, match="assistant_only_loss would be ignored: `prompt_completion` rows"):
+        check_later(spec, "data.format", "prompt_completion", said.append)
+    with pytest.raises(RecipeError, match="rises and falls over 100 steps and the run has 99"):
+        check_later(spec, "training.max_steps", 99, said.append)
+
+
+def test_what_set_gives_counts_when_the_format_is_found() -> None:
+    base = {"model": {"model_name_or_path": "m"}, "data": {"train": "t"}, "training": {"output_dir": "o"}}
+    spec = resolve(load(base, ["data.completion_only_loss=false"]), MACHINES["CPU"])
+    with pytest.raises(RecipeError) as caught:
+        check_later(spec, "data.format", "messages", print)
+    assert str(caught.value.problems[0].where) == "--set #1"

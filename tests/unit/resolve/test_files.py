@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ftune.errors import DataError, MachineError, Problem, RecipeError
+from ftune.errors import DataError, MachineError, Problem, RecipeError, RunError
 from ftune.machine import Machine
-from ftune.places import locate
-from ftune.resolve import examine, files, raise_errors
+from ftune.places import expanded, locate
+from ftune.recipe import load
+from ftune.resolve import examine, files, raise_errors, resolve
 
 Examine = Callable[..., list[Problem]]
 
@@ -99,6 +100,62 @@ def test_models_that_are_not_there(model: str, error: type[Exception], found: Ex
         raise_errors(found("train: some/data", model=model))
 
 
+def mapping(output_dir: str) -> dict[str, dict[str, str]]:
+    """Return the smallest recipe, as Python programs give it."""
+    return {
+        "model": {"model_name_or_path": "some/model"},
+        "data": {"train": "some/data"},
+        "training": {"output_dir": output_dir},
+    }
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/run", "x" * 300])
+def test_an_output_directory_that_is_no_path(name: str) -> None:
+    (problem,) = examine(mapping(name), (), Machine())[1]
+    assert problem.rule == "bad-path"
+    with pytest.raises(RecipeError):
+        raise_errors([problem])
+    with pytest.raises(RecipeError):
+        resolve(load(mapping(name)), Machine())
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        ([], ""),
+        ([".lock"], ""),
+        (["run.json", "recipe.yaml", "model.partial"], ""),
+        (["mine.txt"], "it holds other files"),
+        (["run.json", "metrics.jsonl"], "it holds another run"),
+        (["run.json", "model"], "it holds another run"),
+        (["run.json", "mine.txt"], "besides a run that failed it holds mine.txt"),
+    ],
+)
+def test_an_output_directory_in_use_is_told_before_training(
+    names: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    for name in names:
+        (directory / name).touch()
+    problems = examine(mapping(str(directory)), (), Machine())[1]
+    assert [(problem.rule, problem.why) for problem in problems] == ([("output-dir", why)] if why else [])
+    if why:
+        assert problems[0].where is not None
+        assert problems[0].where.line is not None
+        with pytest.raises(RunError):
+            raise_errors(problems)
+    # The other ranks of a run find what the first one made.
+    monkeypatch.setenv("RANK", "1")
+    assert examine(mapping(str(directory)), (), Machine())[1] == []
+
+
+def test_an_output_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    (problem,) = examine(mapping(str(tmp_path / "run")), (), Machine())[1]
+    assert problem.why == "it is a file"
+
+
 def test_problems_of_recipe_and_data_come_together(found: Examine) -> None:
     shape_and_data = found("train: data/trian.jsonl, pakcing: true")
     assert [problem.rule for problem in shape_and_data] == ["data-file", "unknown-key"]
@@ -134,3 +191,16 @@ def test_fingerprint_covers_each_file_of_a_directory(tmp_path: Path) -> None:
     assert list(before) == [str(tmp_path / "a.jsonl")]
     (tmp_path / "a.jsonl").write_text("2", encoding="utf-8")
     assert files.fingerprint([str(tmp_path)]) != before
+
+
+def test_a_path_that_need_not_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/run") == tmp_path / "run"
+    assert expanded("no/such/folder") == Path("no/such/folder")
+    for name in ("~nobody-of-this-name", "x" * 300, "a\0b", "/".join(["x" * 200] * 30)):
+        with pytest.raises(RecipeError) as caught:
+            expanded(name)
+        (problem,) = caught.value.problems
+        assert problem.rule == "bad-path"
+        assert problem.why
+        assert len(problem.what) < 100

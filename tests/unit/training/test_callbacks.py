@@ -19,13 +19,19 @@ from ftune.training.callbacks import MetricsLog, StopOnRequest
 def test_the_first_signal_is_a_request_and_the_second_ends_at_once(number: signal.Signals, capsys: Any) -> None:
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     stop = StopOnRequest()
-    with stop.listening():
+    with stop.listening(), stop.between_steps():
         os.kill(os.getpid(), number)
         assert stop.requested
         assert "once more to stop at once" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_outside_the_steps_the_first_signal_ends_at_once(number: signal.Signals) -> None:
+    with StopOnRequest().listening(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
 
 
 LINES: list[dict[str, Any]] = [
