@@ -25,7 +25,10 @@ _H100 = Machine((Gpu("H100", 80 * 2**30, (9, 0)),), packages=_PACKAGES)
 
 @pytest.mark.parametrize("machine", [_CPU, _H100], ids=["CPU", "H100"])
 @pytest.mark.parametrize("path", _RECIPES, ids=[path.stem for path in _RECIPES])
-def test_shipped_recipes_load_check_and_resolve(path: Path, machine: Machine) -> None:
+def test_shipped_recipes_load_check_and_resolve(
+    path: Path, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run of it stands in the way
     loaded = load(path)
     # Whether the model's package is installed is not the recipe's fault.
     errors = [problem for problem in findings(loaded, machine) if problem.severity == "error"]
