@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ftune.data.detect import reads_plain_text
 from ftune.errors import Problem, RecipeError
-from ftune.models import generate
+from ftune.models import generate, golden
 from ftune.models.finished import ADAPTER, finished_tokenizer, is_run, load_finished, of_folder, of_run, recipe_of
 from ftune.models.load import load_model, load_tokenizer, max_positions
 from ftune.models.source import Say, silent
@@ -32,10 +32,15 @@ def open_target(target: str, gguf_file: str | None = None, say: Say = silent) ->
         found = of_run(path) if is_run(path) else of_folder(path)
         tokenizer = finished_tokenizer(found, say)
         recipe = recipe_of(path)
-        if recipe is not None and reads_plain_text(recipe.data):
+        if golden.reads_plain_text(found.folder) or (recipe is not None and reads_plain_text(recipe.data)):
             tokenizer.chat_template = None  # it learned to go on from plain text, not to take turns
         return load_finished(found, device_type=device_type, say=say), tokenizer
-    return load_model(model, device_type=device_type, say=say), load_tokenizer(model, say)
+    tokenizer = load_tokenizer(model, say)
+    if gguf_file is None and path.is_dir():
+        golden.check(path, tokenizer)
+        if golden.reads_plain_text(path):
+            tokenizer.chat_template = None
+    return load_model(model, device_type=device_type, say=say), tokenizer
 
 
 def _named(target: str, gguf_file: str | None) -> Model:

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from ftune import rundir
 from ftune.errors import Problem, RecipeError, RunError
-from ftune.models import generate
+from ftune.models import generate, golden
 from ftune.models.finished import finished_tokenizer, load_finished, of_run
-from ftune.models.load import load_model, max_positions
+from ftune.models.load import load_model, max_positions, read_tokenizer
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, config_of, silent, source_directory
 from ftune.places import expanded
@@ -76,6 +76,8 @@ def merge(run_directory: Path, output: Path, say: Say = silent) -> Merged:
         say(f"saving in {_name(dtype)}")
         _save(whole.to(dtype), tokenizer, partial)
         del whole
+        golden.copy(found.folder, partial)
+        golden.check(partial, read_tokenizer(str(partial), trust_remote_code=found.model.trust_remote_code))
         say("loading what was saved and comparing it with the adapter")
         difference, divergence = _compare(partial, found.base, inputs, before)
         _judge(dtype, difference, divergence)

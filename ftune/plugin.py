@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftune.options import Options
 
@@ -115,6 +115,8 @@ class Conversation:
     prompt: str = ""
     completion: str = ""
     tools: tuple[Any, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else the row says and an objective may ask for: a label, or what a reward function compares with."""
 
 
 class RowError(ValueError):
@@ -126,11 +128,30 @@ class RowError(ValueError):
         self.fix = fix
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that the audit finds in rows."""
+
+    kind: str
+    what: str
+    """Said of the rows it was found in, after their number: "rows hold no learned token"."""
+    why: str
+    fix: str
+    severity: Literal["fatal", "warning", "note"] = "warning"
+    """`fatal` stops the run."""
+
+
 class Format(Plugin):
     """How rows on disk are read."""
 
     columns: ClassVar[str]
     """What a row looks like, for messages and documentation."""
+    views: ClassVar[tuple[str, ...]] = ("",)
+    """The texts made of a row, by name: a preference row is two. An unnamed one is the row itself."""
+    teaches: ClassVar[bool] = True
+    """Whether its rows hold something to learn; prompts alone do not."""
+    findings: ClassVar[tuple[Finding, ...]] = ()
+    """What can be wrong with rows of this format alone."""
     loss_setting: ClassVar[str] = "assistant_only_loss"
     """Which key of `data` says whether only answers are learned."""
     trains_whole_text: ClassVar[bool] = False
@@ -144,7 +165,15 @@ class Format(Plugin):
 
     @abstractmethod
     def read(self, row: Mapping[str, Any]) -> Conversation:
-        """Return the row as a conversation; raise RowError with what is wrong."""
+        """Return the row as a conversation (its first view); raise RowError with what is wrong."""
+
+    def read_views(self, row: Mapping[str, Any]) -> tuple[Conversation, ...]:
+        """Return one conversation for each of `views`; raise RowError with what is wrong."""
+        return (self.read(row),)
+
+    def remarks(self, views: tuple[Conversation, ...]) -> Iterable[str]:
+        """Yield the kind of each of `findings` that holds for a row."""
+        return ()
 
 
 class Objective(Plugin):
@@ -154,8 +183,20 @@ class Objective(Plugin):
     """Names of the data formats it can learn from."""
 
     @abstractmethod
-    def loss(self, model: Any, batch: dict[str, Any], *, num_items: Any, label_smoothing: float, options: Any) -> Any:
-        """Return the loss summed over trained tokens, divided by `num_items`."""
+    def loss(
+        self,
+        model: Any,
+        batch: dict[str, Any],
+        *,
+        num_items: Any,
+        label_smoothing: float,
+        options: Any,
+        by_source: Any = None,
+    ) -> Any:
+        """Return the loss summed over trained tokens, divided by `num_items`.
+
+        `by_source` (sources, 2) gathers each source's summed loss and trained tokens, for the metrics.
+        """
 
 
 def _modules(package: str) -> Iterable[str]:

@@ -18,6 +18,7 @@ RESULT = "result.json"
 SAMPLES = "samples.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+TEMPLATE_SAMPLE = "ftune_template.json"
 REPORT = "report.html"
 LOCK = ".lock"
 OWN = frozenset((RECIPE, OVERRIDES, RUN, ENVIRONMENT, METRICS, RESULT, SAMPLES, CHECKPOINTS, MODEL, REPORT, LOCK))

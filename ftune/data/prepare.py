@@ -2,194 +2,338 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy
-import pyarrow.compute
+from filelock import FileLock
 
 from ftune.data import cache as store
+from ftune.data import tokens
+from ftune.data.audit import ROW_FINDINGS, Audit, Found
 from ftune.data.detect import choose_format
-from ftune.data.faults import Faults
-from ftune.data.pack import best_fit_decreasing
-from ftune.data.parts import Encoding, Part, Tally, encoded_rows
+from ftune.data.duplicates import Copies
+from ftune.data.faults import MOST_PROBLEMS, Faults
+from ftune.data.mixing import mix, weights_of
+from ftune.data.overview import copies_of, set_findings
+from ftune.data.parts import Encoding, Part
+from ftune.data.rows import files_of, is_local
+from ftune.data.sequences import Sequences, sequences
+from ftune.data.stream import stream
 from ftune.data.template import use_template_file
-from ftune.data.tokenize import Encoded, require_fast
+from ftune.data.tokenize import require_fast
+from ftune.data.workers import outcomes
 from ftune.errors import DataError, Place, Problem
 from ftune.plugin import PlainText, Turn
-from ftune.recipe.schema import Data
+from ftune.recipe.schema import Data, Source, listed
 
 Prompt = tuple[Turn, ...] | PlainText
 
+LOOKED_AT = 2000
+"""So many rows of each streamed source are audited before the run."""
 _PROMPTS = 3
 _OPENING_WORDS = 8
 """Plain text asks nothing; its first words are what a sample goes on from."""
-_PACKED_BATCH = 64
-"""Sequences written at once: an Arrow file of many tiny batches is slow to read."""
-_STREAMED_PACK = 1024
-"""Rows gathered for packing while streaming: the more, the fuller the sequences and the longer the wait."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One source's rows of one part, not yet read, and how they become tokens."""
+
+    source: Source
+    part: Part
+    encoding: Encoding
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One source's rows of one part, as tokens on the disk, and what was found in them."""
+
+    part: Part
+    encoding: Encoding
+    file: tokens.TokenFile
+    audit: Audit
+    key: str = ""
+    """Tells the rows' contents; empty where nobody knows them."""
+
+    def found(self, ignored: list[str]) -> list[Found]:
+        return list(self.audit.found((*ROW_FINDINGS, *self.encoding.format.findings), ignored=ignored))
+
+    def origin(self, row: int) -> tuple[str, int]:
+        """Return the file that a stored row comes from, and its number there."""
+        file, number = self.file.place(row)
+        source, split = self.part.source, self.part.split
+        return str(files_of(source)[file]) if is_local(source) else f"{source}/{split}", number
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Tokenised data and what is to be said about them."""
 
-    train: datasets.Dataset | datasets.IterableDataset
-    eval: datasets.Dataset | None
+    train: Any
+    """Sequences, or an endless stream of rows."""
+    eval: Sequences | None
     format: str
-    statistics: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per part; none for streamed training rows, which nobody has seen yet."""
+    """Of the first source."""
+    stored: dict[str, tuple[Stored, ...]] = field(default_factory=dict)
+    """Per part, its sources; none for streamed training rows, which nobody has seen yet."""
     prompts: tuple[Prompt, ...] = ()
     """What comes before the first learned answer, of the first evaluation rows or else training rows."""
     warnings: tuple[str, ...] = ()
+    """What is odd, a line each, with its severity."""
+    first_rows: tuple[Stored, ...] = ()
+    """Of each source of streamed training rows the first ones, which were looked at."""
+    copies: dict[str, Copies] = field(default_factory=dict)
+    """Rows of each part that are there more than once."""
+    fatal: tuple[Problem, ...] = ()
+    """What would have stopped a run; only where somebody wanted to see it all the same."""
+    sources: int = 1
+    """How many there are, of training or evaluation rows: with several, the loss of each is told."""
+
+    @property
+    def seen(self) -> dict[str, tuple[Stored, ...]]:
+        """Per part, what is known of its rows: of streamed training rows the first ones."""
+        return {"train": self.first_rows, **self.stored} if self.first_rows else self.stored
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row before it was cut; 0 where none was seen."""
+        return max((each.audit.longest for every in self.stored.values() for each in every), default=0)
 
 
-def prepare(
-    data: Data, *, tokenizer: Any, seed: int, cache: Path | None, trains_whole_text_only: bool = False
-) -> Prepared:
-    """Return the data as tokens; DataError for what cannot be read or learned from.
-
-    With `data.chat_template` the tokenizer is given that template. `trains_whole_text_only` refuses formats that
-    distinguish questions from answers.
-    """
+def readings_of(
+    data: Data, *, tokenizer: Any, seed: int, learns: frozenset[str] | None = None
+) -> dict[str, tuple[Reading, ...]]:
+    """Return the sources of `train` and of `eval`; the tokenizer is given the recipe's chat template."""
     require_fast(tokenizer)
     if data.chat_template:
         use_template_file(tokenizer, data.chat_template)
+    train_parts = _train_parts(data, seed)
+    parts = {"train": train_parts, "eval": _eval_parts(data, train_parts)}
+    return {
+        name: tuple(Reading(source, part, _encoding(data, source, part, tokenizer, learns)) for source, part in found)
+        for name, found in parts.items()
+    }
+
+
+def prepare(
+    data: Data,
+    *,
+    tokenizer: Any,
+    seed: int,
+    cache: Path | None,
+    learns: frozenset[str] | None = None,
+    strict: bool = True,
+) -> Prepared:
+    """Return the data as tokens; DataError for what cannot be read or learned from.
+
+    With `data.chat_template` the tokenizer is given that template. `learns` names the formats that the objective learns
+    from; without it, those of any objective. Not `strict`, it returns what would stop a run beside the data.
+    """
+    readings = readings_of(data, tokenizer=tokenizer, seed=seed, learns=learns)
     cache = store.writable(cache)
-    train, evaluation = _parts(data, seed)
-    chosen = choose_format(data.format, train, whole_text_only=trains_whole_text_only)
-    answers_only = bool(getattr(data, chosen.loss_setting))
-    encoding = Encoding(chosen, tokenizer, answers_only, data.max_length)
-    statistics: dict[str, dict[str, int]] = {}
+    kept: dict[str, tuple[Stored, ...]] = {}
+    for name, found in readings.items():
+        if found and not (data.streaming and name == "train"):
+            most = data.max_train_samples if name == "train" else data.max_eval_samples
+            kept[name] = tuple(_tokenised(found, cache, data, most=most))
+    first_rows: tuple[Stored, ...] = ()
+    train: Any
     if data.streaming:
-        rows: Any = _streamed(train, encoding, data, seed)
+        # Not cached: its name would be a digest of files that are too large to be read before the run.
+        first_rows = tuple(
+            _stored(replace(each.part, most=LOOKED_AT), each.encoding, None, data) for each in readings["train"]
+        )
+        most = data.max_train_samples
+        train = stream(
+            [(each.source.weight, replace(each.part, most=most), each.encoding) for each in readings["train"]],
+            data,
+            seed,
+        )
     else:
-        rows, statistics[train.name] = _tokenised(train, encoding, cache, packing=data.packing)
-    eval_rows = None
-    if evaluation:
-        eval_rows, statistics[evaluation.name] = _tokenised(evaluation, encoding, cache, packing=data.packing)
-    warnings = [text for name, counts in statistics.items() for text in _warnings(name, counts, data.max_length)]
-    if evaluation and evaluation.picked is None and (shared := set(train.sources) & set(evaluation.sources)):
-        warnings.append(f"data.train and data.eval both read {', '.join(sorted(shared))}: eval_loss will flatter")
-    prompts = _prompts(evaluation or train, encoding)
-    return Prepared(rows, eval_rows, chosen.name, statistics, prompts, tuple(warnings))
+        train = _sequences(kept["train"], [each.source for each in readings["train"]], data, seed)
+    seen = {"train": first_rows, **kept} if first_rows else kept
+    copies = copies_of(seen, cache, data.audit_ignore)
+    fatal = [problem for every in seen.values() for each in every for problem in _problems(each, data)]
+    if fatal and strict:
+        raise DataError(*fatal[:MOST_PROBLEMS])
+    return Prepared(
+        train,
+        _sequences(kept["eval"], [], data, seed) if "eval" in kept else None,
+        readings["train"][0].encoding.format.name,
+        kept,
+        _prompts((readings["eval"] or readings["train"])[0]),
+        tuple(_told(seen, copies, data)),
+        first_rows,
+        copies,
+        tuple(fatal),
+        max(len(found) for found in readings.values()),
+    )
 
 
-def _parts(data: Data, seed: int) -> tuple[Part, Part | None]:
-    """Return the training part and the evaluation part; a fraction is drawn by rows, with the seed."""
-    train = Part("train", _listed(data.train), data.train_split)
-    if not data.eval:
-        return replace(train, most=data.max_train_samples), None
+def _train_parts(data: Data, seed: int) -> list[tuple[Source, Part]]:
+    """Return each source's training rows, without those that a fraction holds out, drawn by the seed."""
+    found = [(source, Part("train", source.path, data.train_split)) for source in listed(data.train)]
     if not isinstance(data.eval, float):
-        evaluation = Part("eval", _listed(data.eval), data.eval_split, most=data.max_eval_samples)
-        return replace(train, most=data.max_train_samples), evaluation
+        return found
+    return [(source, replace(part, picked=_held_out(part, data.eval, seed))) for source, part in found]
+
+
+def _eval_parts(data: Data, train: list[tuple[Source, Part]]) -> list[tuple[Source, Part]]:
+    """Return the parts of evaluation; a fraction is what each training source leaves out."""
+    if isinstance(data.eval, float):
+        return [(source, replace(part, name="eval", held_out=True)) for source, part in train]
+    return [(source, Part("eval", source.path, data.eval_split)) for source in listed(data.eval)]
+
+
+def _held_out(part: Part, share: float, seed: int) -> frozenset[int]:
     faults = Faults()
-    count = sum(1 for _ in train.rows(faults))
+    count = sum(1 for _ in part.rows(faults))
     faults.stop()
     if count < 2:
-        what = f"data.eval = {data.eval} holds out training rows, but there is only {count}"
-        raise DataError(Problem("too-few-rows", what, Place(train.sources[0]), fix="add rows, or leave out data.eval"))
-    held_out = min(count - 1, max(1, round(count * data.eval)))
-    picked = frozenset(random.Random(seed).sample(range(count), held_out))
-    evaluation = replace(train, name="eval", picked=picked, held_out=True, most=data.max_eval_samples)
-    return replace(train, picked=picked, most=data.max_train_samples), evaluation
+        what = f"data.eval = {share} holds out training rows, but there is only {count}"
+        raise DataError(Problem("too-few-rows", what, Place(part.source), fix="add rows, or leave out data.eval"))
+    return frozenset(random.Random(seed).sample(range(count), min(count - 1, max(1, round(count * share)))))
 
 
-def _listed(sources: str | list[str]) -> tuple[str, ...]:
-    return (sources,) if isinstance(sources, str) else tuple(sources)
+def _encoding(data: Data, source: Source, part: Part, tokenizer: Any, learns: frozenset[str] | None) -> Encoding:
+    chosen = choose_format(data.format if source.format == "auto" else source.format, part, learns)
+    answers_only = bool(getattr(data, chosen.loss_setting))
+    return Encoding(chosen, tokenizer, answers_only, data.max_length, data.train_on_turns)
 
 
-def _tokenised(
-    part: Part, encoding: Encoding, cache: Path | None, *, packing: bool
-) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Return a part's rows, packed or not, from the cache where they are."""
+def _tokenised(readings: Sequence[Reading], cache: Path | None, data: Data, *, most: int | None) -> Iterator[Stored]:
+    """Yield each source's rows, from the cache where they are; at most so many rows in all, the first ones.
+
+    Of a weighted mix each source may need so many: what the mix holds of them is cut to size there.
+    """
+    left = most
+    for each in readings:
+        if left == 0:
+            return
+        stored = _stored(replace(each.part, most=left), each.encoding, cache, data)
+        yield stored
+        if left is not None and not _weighted(each.source for each in readings) and data.mixing_temperature is None:
+            left = max(0, left - stored.audit.rows - stored.audit.left_out)
+
+
+def _weighted(sources: Iterable[Source]) -> bool:
+    return any(source.weight is not None for source in sources)
+
+
+def _stored(part: Part, encoding: Encoding, cache: Path | None, data: Data) -> Stored:
+    views = tuple(f"{view}_" if view else "" for view in encoding.format.views)
     key, known = _key(part, encoding) if cache else ("", False)
-    found = store.find(cache, key) if cache and known else None
-    if found is None:
-        tally = Tally()
-        batches = (store.as_columns(rows) for rows in encoded_rows(part, encoding, tally))
-        rows = store.write(cache, key, store.COLUMNS, batches)
-        found = rows, tally.as_dict()
-        store.write_notes(cache, key, tally.as_dict())
-    if not packing:
-        return found
-    rows, counts = found
-    packed_key = f"{key}-packed"
-    packed = store.find(cache, packed_key) if cache and known else None
-    if packed is None:
-        sequences = store.write(cache, packed_key, store.PACKED_COLUMNS, _packed_batches(rows, encoding.max_length))
-        packed = sequences, {**counts, "sequences": len(sequences)}
-        store.write_notes(cache, packed_key, packed[1])
-    return packed
+    # Ranks wait here, on a file, and not in a process group, whose watchdog would end a run that tokenises for long.
+    with FileLock(cache / f"{key}.lock") if cache and known else contextlib.nullcontext():
+        found = tokens.find(cache, key, views) if cache and known else None
+        if found is not None:
+            return Stored(part, encoding, found[0], Audit.from_dict(found[1]), key)
+        audit = Audit()
+        ids = tokens.id_type(encoding.tokenizer)
+        file = tokens.write(cache, key, views, ids, _kept_rows(part, encoding, audit, data))
+        tokens.write_notes(cache, key, audit.as_dict())
+        return Stored(part, encoding, file, audit, key if known else "")
+
+
+def _kept_rows(part: Part, encoding: Encoding, audit: Audit, data: Data) -> Iterator[tokens.Kept]:
+    """Yield the part's tokenised rows in their order; DataError for bad rows, several at once."""
+    faults = Faults()
+    files = tuple(str(path) for path in files_of(part.source)) if is_local(part.source) else ()
+    for kept, counted, problems in outcomes(part.rows(faults), encoding, files, _processes(data)):
+        for problem in problems:
+            faults.add(problem)
+        audit.add(counted)
+        if not len(faults):  # otherwise the run is lost already: only look for more bad rows
+            yield from kept
+    faults.stop()
+    if not audit.rows:
+        raise DataError(_nothing_to_learn(part, encoding, audit))
+
+
+def _processes(data: Data) -> int:
+    """Return how many processes tokenise; a recipe that nobody decided is worked on alone."""
+    return 1 if data.num_proc == "auto" else data.num_proc
 
 
 def _key(part: Part, encoding: Encoding) -> tuple[str, bool]:
     """Return the name of the part's stored rows, and whether it tells their contents."""
-    contents = [store.source_fingerprint(source, part.split) for source in part.sources]
+    contents = store.source_fingerprint(part.source, part.split)
     picked = sorted(part.picked) if part.picked is not None else None
     key = store.key_of(
         store.tokenizer_fingerprint(encoding.tokenizer),
-        contents if None not in contents else part.sources,
+        contents or part.source,
         [part.split, picked, part.held_out, part.most],
-        [encoding.format.name, encoding.answers_only, encoding.max_length],
+        [encoding.format.name, encoding.answers_only, encoding.max_length, encoding.train_on_turns],
     )
-    return key, None not in contents
+    return key, contents is not None
 
 
-def _packed_batches(rows: datasets.Dataset, capacity: int) -> Iterator[dict[str, list[Any]]]:
-    lengths = pyarrow.compute.list_value_length(rows.data.column("input_ids")).to_pylist()
-    arrays = rows.with_format("numpy")
-    groups = iter(best_fit_decreasing(lengths, capacity))
-    while taken := list(itertools.islice(groups, _PACKED_BATCH)):
-        rows_of = [arrays[group] for group in taken]
-        joined = [_joined(list(found["input_ids"]), list(found["labels"])) for found in rows_of]
-        yield {column: [sequence[column] for sequence in joined] for column in store.PACKED_COLUMNS}
+def _sequences(stored: tuple[Stored, ...], sources: list[Source], data: Data, seed: int) -> Sequences:
+    """Return the rows of one part, mixed where there are weights (evaluation sees every row once)."""
+    files, counts = [each.file for each in stored], [len(each.file) for each in stored]
+    weights = weights_of([source.weight for source in sources[: len(files)]], counts, data.mixing_temperature)
+    mixed = mix(counts, weights if sources else None, stop=data.mixing_stop, seed=seed)
+    if sources:
+        mixed = mixed.first(data.max_train_samples)
+    views = stored[0].encoding.format.views
+    return sequences(files, names_of(stored), mixed, views, capacity=data.max_length if data.packing else None)
 
 
-def _joined(ids: list[Any], labels: list[Any]) -> dict[str, Any]:
-    """Return rows as one sequence; restarting positions tell the model where each begins."""
-    positions = [numpy.arange(len(row), dtype=numpy.int32) for row in ids]
-    columns = zip(store.PACKED_COLUMNS, (ids, labels, positions), strict=True)
-    return {column: numpy.concatenate(values) for column, values in columns}
+def names_of(stored: tuple[Stored, ...]) -> list[str]:
+    """Return what each source is called in the metrics: the end of its name, as much of it as tells them apart."""
+    paths = [Path(each.part.source) for each in stored]
+    for depth in range(1, 4):
+        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
-def _streamed(part: Part, encoding: Encoding, data: Data, seed: int) -> datasets.IterableDataset:
-    # What is wrong with the first rows or the template is found now, not after the model is loaded.
-    next(encoded_rows(part, encoding, Tally()), None)
-    columns = store.PACKED_COLUMNS if data.packing else store.COLUMNS
-    settings = {"part": part, "encoding": encoding, "packing": data.packing}
-    rows = datasets.IterableDataset.from_generator(_stream, features=store.features(columns), gen_kwargs=settings)
-    return rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer_size)
+def _nothing_to_learn(part: Part, encoding: Encoding, audit: Audit) -> Problem:
+    cut = audit.counts["answer-cut-off"]
+    if cut:
+        why = f"in {cut} rows the answer begins beyond data.max_length = {encoding.max_length}"
+        fix = f"raise data.max_length: the longest row has {audit.longest} tokens"
+    else:
+        why = "no row holds an answer that is learned: assistant turns are missing, empty, or marked as not trained"
+        fix = "look at the roles in the file, or set data.assistant_only_loss: false"
+    what = f"nothing to learn from: none of the {audit.left_out} rows has a token that counts in the loss"
+    return Problem("nothing-to-learn", what, Place(part.source), why=why, fix=fix)
 
 
-def _stream(part: Part, encoding: Encoding, packing: bool) -> Iterator[dict[str, Any]]:
-    # Pass after pass in one stream: a resumed run then skips what was seen, whichever pass it was in.
-    passes = (encoded_rows(part, encoding, Tally()) for _ in itertools.repeat(None))
-    rows = itertools.chain.from_iterable(itertools.chain.from_iterable(passes))
-    if not packing:
-        yield from ({"input_ids": row.input_ids, "labels": row.labels} for row in rows)
-        return
-    while taken := list(itertools.islice(rows, _STREAMED_PACK)):
-        yield from _packed_stretch(taken, encoding.max_length)
+def _problems(stored: Stored, data: Data) -> list[Problem]:
+    return [_problem(each) for each in stored.found(data.audit_ignore) if each.severity == "fatal"]
 
 
-def _packed_stretch(rows: list[Encoded], capacity: int) -> Iterator[dict[str, Any]]:
-    for group in best_fit_decreasing([len(row.input_ids) for row in rows], capacity):
-        yield _joined([rows[at].input_ids for at in group], [rows[at].labels for at in group])
+def _told(parts: Mapping[str, Sequence[Stored]], copies: Mapping[str, Copies], data: Data) -> Iterator[str]:
+    """Yield what is odd about the rows but stops no run, a line each."""
+    for name, every in parts.items():
+        found = [one for each in every for one in each.found(data.audit_ignore)]
+        for one in (*found, *set_findings(parts, copies, name, data.audit_ignore)):
+            shown = f"; the first is {one.examples[0]}" if one.examples else ""
+            if one.severity != "fatal":
+                yield f"{one.severity}: {name}: {one.says} ({one.finding.kind}){shown}; {one.finding.fix}"
 
 
-def _prompts(part: Part, encoding: Encoding) -> tuple[Prompt, ...]:
+def _problem(found: Found) -> Problem:
+    first = found.examples[0] if found.examples else None
+    fix = f"{found.finding.fix}; if it is as it should be: data.audit_ignore: [{found.finding.kind}]"
+    where = first.place if first else None
+    return Problem(found.finding.kind, found.says, where, why=found.finding.why, fix=fix)
+
+
+def _prompts(reading: Reading) -> tuple[Prompt, ...]:
     faults = Faults()
     prompts: list[Prompt] = []
-    for row in part.rows(faults):
-        conversation = encoding.conversation(row, faults)
-        if conversation is None:
+    for row in reading.part.rows(faults):
+        views = reading.encoding.conversations(row, faults)
+        if views is None:
             continue
+        conversation = views[0]
         answers = [at for at, turn in enumerate(conversation.turns) if turn.role == "assistant" and turn.trained]
         text = conversation.prompt or " ".join(conversation.completion.split()[:_OPENING_WORDS])
         if answers and answers[0]:
@@ -199,27 +343,3 @@ def _prompts(part: Part, encoding: Encoding) -> tuple[Prompt, ...]:
         if len(prompts) == _PROMPTS:
             break
     return tuple(prompts)
-
-
-def _warnings(name: str, counts: dict[str, int], max_length: int) -> Iterator[str]:
-    """Yield what is not wrong but will surprise."""
-    rows = counts["rows"]
-    if counts["cut_rows"]:
-        share = counts["cut_tokens"] / (counts["tokens"] + counts["cut_tokens"])
-        yield (
-            f"{name}: {counts['cut_rows']} of {rows} rows are longer than data.max_length {max_length} and were cut: "
-            f"{counts['cut_tokens']} tokens ({share:.1%}) are lost; the longest row has {counts['longest']}"
-        )
-    if counts["dropped_rows"]:
-        yield (
-            f"{name}: {counts['dropped_rows']} rows were left out, since no token of them counts in the loss: "
-            f"{counts['unanswered_rows']} without a learned answer, "
-            f"{counts['dropped_rows'] - counts['unanswered_rows']} whose answer was cut off"
-        )
-    if counts["endless_rows"] == rows:
-        yield f"{name}: no row teaches an end mark such as <|im_end|>, so the model may not learn when to stop"
-    if counts["joined_rows"]:
-        yield (
-            f"{name}: in {counts['joined_rows']} rows a token spans the end of the prompt and the start of the answer; "
-            "let no prompt end with a blank and no answer begin with a line break"
-        )

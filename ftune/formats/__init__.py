@@ -5,11 +5,13 @@ The checks live here because formats do not know each other; nothing here knows 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ftune.plugin import RowError, Turn
+from ftune.plugin import Conversation, RowError, Turn
 
 _WRONG_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 """Roles that a chat template would render as strangers, so that nothing the assistant says were learned."""
@@ -38,6 +40,11 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def optional_text(row: Mapping[str, Any], key: str) -> str:
+    """Return a column that may be absent or null."""
+    return "" if row.get(key) is None else text_of(row, key)
+
+
 def kind_of(value: Any) -> str:
     """Return what a JSON value is, in words."""
     if value is None:
@@ -58,6 +65,68 @@ def turns_of(value: Any, column: str, *, role_key: str = "role", text_key: str =
         _turn(message, f"{column}[{index}]", role_key=role_key, text_key=text_key)
         for index, message in enumerate(value)
     )
+
+
+def untrained(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """Return turns of which nothing is learned: what comes before the answer."""
+    return tuple(dataclasses.replace(turn, trained=False) for turn in turns)
+
+
+def asked_turns(value: Any) -> tuple[Turn, ...]:
+    """Return the messages of `prompt`, which somebody else than the assistant must end."""
+    turns = untrained(turns_of(value, "prompt"))
+    if turns[-1].role == "assistant":
+        what = f"`prompt[{len(turns) - 1}]` is the assistant's, so that nothing is left to answer"
+        raise RowError(what, "end `prompt` with what is answered")
+    return turns
+
+
+def with_system(turns: tuple[Turn, ...], row: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """Return the turns after what the row's `system` says, unless they bring a system message of their own."""
+    system = optional_text(row, "system")
+    own = bool(turns) and turns[0].role == "system"
+    return turns if own or not system.strip() else (Turn("system", system, trained=False), *turns)
+
+
+def refuse_chat_columns(row: Mapping[str, Any]) -> None:
+    """Raise RowError for columns that only a chat template can write, beside plain texts that have none."""
+    for key in ("system", "tools"):
+        value = row.get(key)
+        if value.strip() if isinstance(value, str) else value:
+            raise RowError(
+                f"`{key}` belongs to conversations, but this row is plain text", "write the texts as lists of messages"
+            )
+
+
+def tools_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the row's tools; Parquet files often hold them as JSON text, since their shapes differ."""
+    value = row.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError("`tools` is text but not JSON", "write a list of tool descriptions") from None
+    if not value:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise RowError(f"`tools` is {kind_of(value)}, not a list", "write a list of tool descriptions")
+    return tuple(value)
+
+
+def prompt_and_completion(row: Mapping[str, Any]) -> Conversation:
+    """Return a prompt and how it goes on: two texts, joined as they are, or two lists of messages."""
+    for key in ("prompt", "completion"):
+        if key not in row:
+            raise missing(key, row)
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Conversation(prompt=prompt, completion=completion)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise RowError(
+            f"`prompt` is {kind_of(prompt)} but `completion` is {kind_of(completion)}",
+            "write both as text or both as lists of messages",
+        )
+    return Conversation(turns=untrained(turns_of(prompt, "prompt")) + turns_of(completion, "completion"))
 
 
 def _meant(role: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ftune.formats import kind_of, text_of
+from ftune.formats import kind_of, optional_text, text_of
 from ftune.plugin import Conversation, Format, RowError, Turn
 
 
@@ -21,7 +21,7 @@ class Alpaca(Format):
 
     def read(self, row: Mapping[str, Any]) -> Conversation:
         instruction, output = text_of(row, "instruction"), text_of(row, "output")
-        system, context = _optional(row, "system"), _optional(row, "input")
+        system, context = optional_text(row, "system"), optional_text(row, "input")
         turns = [Turn("system", system)] if system else []
         for question, answer in _history(row.get("history")):
             turns += [Turn("user", question), Turn("assistant", answer)]
@@ -29,10 +29,6 @@ class Alpaca(Format):
         if not asked:
             raise RowError("`instruction` and `input` are both empty", "remove the row")
         return Conversation(turns=(*turns, Turn("user", asked), Turn("assistant", output)))
-
-
-def _optional(row: Mapping[str, Any], key: str) -> str:
-    return "" if row.get(key) is None else text_of(row, key)
 
 
 def _history(value: Any) -> list[tuple[str, str]]:

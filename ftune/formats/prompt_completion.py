@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ftune.formats import kind_of, missing, turns_of
-from ftune.plugin import Conversation, Format, RowError
+from ftune.formats import prompt_and_completion
+from ftune.plugin import Conversation, Format
 
 
 class PromptCompletion(Format):
@@ -21,22 +20,11 @@ class PromptCompletion(Format):
     templated: ClassVar[bool | None] = None
 
     def detect(self, row: Mapping[str, Any]) -> bool:
-        return "prompt" in row and "completion" in row
+        # With a verdict beside it, the completion may be one that nobody should learn.
+        return "prompt" in row and "completion" in row and not isinstance(row.get("label"), bool)
 
     def read(self, row: Mapping[str, Any]) -> Conversation:
-        for key in ("prompt", "completion"):
-            if key not in row:
-                raise missing(key, row)
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return Conversation(prompt=prompt, completion=completion)
-        if isinstance(prompt, str) or isinstance(completion, str):
-            raise RowError(
-                f"`prompt` is {kind_of(prompt)} but `completion` is {kind_of(completion)}",
-                "write both as text or both as lists of messages",
-            )
-        asked = tuple(dataclasses.replace(turn, trained=False) for turn in turns_of(prompt, "prompt"))
-        return Conversation(turns=asked + turns_of(completion, "completion"))
+        return prompt_and_completion(row)
 
 
 plugin = PromptCompletion()

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from ftune.formats import text_of
 from ftune.plugin import Conversation, Format
 
-_SAID_ELSEWHERE = frozenset({"messages", "conversations", "instruction", "prompt", "completion", "chosen", "question"})
+_SAID_ELSEWHERE = frozenset(
+    {"messages", "conversations", "instruction", "prompt", "completion", "chosen", "question", "rationale"}
+)
 """Columns beside which `text` is a rendered copy or a remark, so that the format must be named."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftune import rundir
 from ftune.errors import Problem, RunError
+from ftune.models import golden
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, damaged, silent
@@ -69,8 +70,10 @@ def load_finished(found: Finished, *, dtype: str = "auto", device_type: str = "c
 
 
 def finished_tokenizer(found: Finished, say: Say = silent) -> Any:
-    """Return the tokenizer saved with the result, whose template is the one it was trained with."""
-    return read_tokenizer(str(found.folder), trust_remote_code=found.model.trust_remote_code, say=say)
+    """Return the tokenizer saved with the result; refuses one that no longer is what the model was trained with."""
+    tokenizer = read_tokenizer(str(found.folder), trust_remote_code=found.model.trust_remote_code, say=say)
+    golden.check(found.folder, tokenizer)
+    return tokenizer
 
 
 def _attach(model: Any, folder: Path) -> Any:

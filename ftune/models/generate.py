@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from ftune.data.template import render
 from ftune.errors import Problem, RecipeError
 from ftune.models.load import max_positions
-from ftune.plugin import PlainText, Turn
+from ftune.plugin import PlainText, RowError, Turn
 
 Prompt = str | tuple[Turn, ...] | PlainText
 """A bare text is a user's turn where the tokenizer has a template."""
@@ -53,17 +54,11 @@ def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
 
 
 def _templated(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
-    import jinja2
-
     try:
-        text = tokenizer.apply_chat_template(
-            [turn.as_message() for turn in turns], tokenize=False, add_generation_prompt=True
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        what = f"the chat template refuses the conversation: {error}"
-        fix = f"the roles are: {', '.join(turn.role for turn in turns)}; ask with those the model knows"
-        raise RecipeError(Problem("template-refuses", what, fix=fix)) from error
-    return str(text)
+        return render(tokenizer, turns, add_generation_prompt=True)
+    except RowError as error:
+        fix = error.fix or f"the roles are: {', '.join(turn.role for turn in turns)}; ask with those the model knows"
+        raise RecipeError(Problem("template-refuses", error.what, fix=fix)) from error
 
 
 def fitted(model: Any, ids: torch.Tensor, max_new_tokens: int) -> tuple[torch.Tensor, int]:

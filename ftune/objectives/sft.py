@@ -18,10 +18,21 @@ class SFT(Objective):
     formats = frozenset({"messages", "alpaca", "sharegpt", "prompt_completion", "text"})
     Options = SFTOptions
 
-    def loss(self, model: Any, batch: dict[str, Any], *, num_items: Any, label_smoothing: float, options: Any) -> Any:
+    def loss(
+        self,
+        model: Any,
+        batch: dict[str, Any],
+        *,
+        num_items: Any,
+        label_smoothing: float,
+        options: Any,
+        by_source: Any = None,
+    ) -> Any:
         from ftune.losses import causal_cross_entropy
 
-        return causal_cross_entropy(model, batch, num_items=num_items, label_smoothing=label_smoothing)
+        return causal_cross_entropy(
+            model, batch, num_items=num_items, label_smoothing=label_smoothing, by_source=by_source
+        )
 
 
 plugin = SFT()

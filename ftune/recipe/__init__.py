@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
+from ftune.findings import known_findings
 from ftune.options import Options
 from ftune.recipe import mapping
 from ftune.recipe import overrides as overriding
@@ -18,6 +19,7 @@ from ftune.recipe import problems as wording
 from ftune.recipe import source as sources
 from ftune.recipe.schedules import SCHEDULES
 from ftune.recipe.schema import PLUGIN_SECTIONS, SECTIONS, Chosen, Recipe, Training
+from ftune.recipe.schema import Source as Item
 from ftune.recipe.source import KeyPath, Source, written
 
 _REQUIRED: dict[KeyPath, str] = {
@@ -66,6 +68,7 @@ def _validate(source: Source) -> Recipe:
             reader.problems.append(wording.unknown_section(source, name))
     optimizer = reader.optimizer()
     reader.known_format()
+    reader.known_findings()
     schedule = reader.schedule()
     problems = [*reader.problems, *source.problems]
     if problems:
@@ -157,6 +160,17 @@ class _Validator:
             known = ("auto", *plugin.names(plugin.FORMATS))
             self.problems.append(self._unknown_method(plugin.FORMATS, name, ("data", "format"), known))
 
+    def known_findings(self) -> None:
+        data = self.source.data.get("data")
+        ignored = data.get("audit_ignore") if isinstance(data, dict) else None
+        for number, kind in enumerate(ignored if isinstance(ignored, list) else []):
+            if isinstance(kind, str) and kind not in known_findings():
+                near = wording.nearest(kind, known_findings())
+                label = f"did you mean `{near[0]}`?" if near else ""
+                what, where = f"there is no finding {wording.shown(kind)}", ("data", "audit_ignore", number)
+                fix = "known: " + ", ".join(known_findings())
+                self.problems.append(Problem("unknown-finding", what, self.source.value(where), label, fix=fix))
+
     def model(self, model: type[Options] | None, given: dict[str, Any], path: KeyPath, owner: str) -> Any:
         assert model is not None
         before = len(self.problems)
@@ -177,16 +191,23 @@ class _Validator:
 
     def _collect(self, error: ValidationError, path: KeyPath) -> None:
         branches: dict[KeyPath, list[dict[str, Any]]] = {}
+        told: list[KeyPath] = []
         for item in error.errors(include_url=False):
             key = self._shown_path(path, item["loc"])
             if item["type"] == "missing" and len(item["loc"]) == 1:
                 if not self._is_empty(key):
                     self.problems.append(wording.missing_key(self.source, key, _REQUIRED.get(key, "...")))
+            elif item["type"] == "extra_forbidden":  # `Item` is the only mapping of its own inside a section
+                told.append(key)
+                self.problems.append(wording.unknown_key(self.source, key, Item.model_fields, str(item["loc"][0])))
+            elif item["type"] == "missing" and isinstance(item["loc"][-1], str):
+                told.append(key)
+                self.problems.append(wording.missing_key(self.source, (*key, item["loc"][-1]), "FILE"))
             else:
                 branches.setdefault(key, []).append(dict(item))
         for key, items in branches.items():
             # A list with one bad item is also "not text": only the item is worth telling.
-            if not any(other != key and other[: len(key)] == key for other in branches):
+            if not any(other != key and other[: len(key)] == key for other in (*branches, *told)):
                 self.problems.append(wording.bad_value(self.source, key, items))
 
     def _is_empty(self, path: KeyPath) -> bool:

@@ -61,7 +61,6 @@ RENAMED = {
     "do_train": "remove it: `ftune train` trains",
     "do_eval": "remove it: rows in `data.eval` are evaluated",
     "<<": "YAML 1.2 has no merge keys: write the keys out, or put an alias (`*name`) after one key",
-    "group_by_length": "length grouping is not offered; `data.packing: true` avoids padding",
 }
 """Keys of Hugging Face and its neighbours that go by another name here."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from ftune import plugin
 from ftune.options import Options
 from ftune.recipe.schedules import SCHEDULES
-from ftune.recipe.schema import PLUGIN_SECTIONS, SECTIONS
+from ftune.recipe.schema import PLUGIN_SECTIONS, SECTIONS, Source
 from ftune.recipe.source import written
 
 
@@ -63,6 +63,8 @@ def all_keys() -> tuple[Key, ...]:
     for section, model in SECTIONS.items():
         if model is not None:
             found += keys_of(section, model)
+            if section == "data":
+                found += keys_of("data.train (several)", Source)
             continue
         package, default = PLUGIN_SECTIONS[section]
         choices = " | ".join(plugin.names(package))
@@ -127,7 +129,19 @@ def _section_schema(model: type[Options]) -> dict[str, Any]:
         schema["properties"][name]["description"] = text
     schema.pop("title", None)
     schema["description"] = inspect.getdoc(model) or ""
+    # A section is a part of the whole: what it refers to is written where it stands.
+    schema = _inlined(schema, schema.pop("$defs", {}))
     return _standard(schema)  # type: ignore[no-any-return]
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inlined(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {word: _inlined(part, definitions) for word, part in schema.items()}
 
 
 _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
@@ -152,6 +166,10 @@ def _standard(schema: Any) -> Any:
 
 def _kind(schema: dict[str, Any]) -> str:
     """Return a JSON schema in a few words."""
+    if "$ref" in schema:
+        return "mapping"
+    if "oneOf" in schema:
+        return " or ".join(dict.fromkeys(_kind(part) for part in schema["oneOf"]))
     if "anyOf" in schema:
         return " | ".join(dict.fromkeys(_kind(part) for part in schema["anyOf"]))
     if "enum" in schema:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from ftune import plugin
 from ftune.options import (
@@ -50,13 +50,39 @@ class Model(Options):
     """Run Python code that the model repository ships. Off unless you trust its authors."""
 
 
+class Source(Options):
+    """One of several sources of rows."""
+
+    path: Text
+    """A file, a directory, or a hub name."""
+    weight: Positive | None = None
+    """Its share of the rows drawn, relative to the other sources'; without any weights every row is seen once."""
+    format: Text = "auto"
+    """How its rows are written; `auto` looks at the first row's keys."""
+
+
+def _kind_of_source(value: Any) -> str:
+    return "source" if isinstance(value, (dict, Source)) else "name"
+
+
+SourceOrName = Annotated[
+    Annotated[Text, Tag("name")] | Annotated[Source, Tag("source")], Discriminator(_kind_of_source)
+]
+"""Told apart beforehand, so that a mistake in a mapping is not also one in a name."""
+
+
 class Data(Options):
     """What it learns from."""
 
-    train: Text | Annotated[list[Text], Field(min_length=1)]
-    """File(s), a directory, or a hub name. Relative paths count from here, then from the recipe's folder."""
-    eval: Text | Annotated[list[Text], Field(min_length=1)] | Share | None = None
+    train: Text | Annotated[list[SourceOrName], Field(min_length=1)]
+    """File(s), a directory, or a hub name; several sources as `{path, weight, format}`. Relative paths count from here,
+    then from the recipe's folder."""
+    eval: Text | Annotated[list[SourceOrName], Field(min_length=1)] | Share | None = None
     """The same, or a fraction of the training rows to hold out, such as 0.05."""
+    mixing_temperature: Positive | None = None
+    """Draw from each source by rows ** (1 / temperature): 1 is in proportion, more evens out; instead of weights."""
+    mixing_stop: Literal["first_exhausted", "all_exhausted"] = "all_exhausted"
+    """A weighted mix ends when the first source is used up, or repeats sources until every row was seen."""
     train_split: Text = "train"
     """Which split of a hub data set to train on."""
     eval_split: Text = "validation"
@@ -71,8 +97,14 @@ class Data(Options):
     """Longest row in tokens. Longer ones are cut at the end, and counted; plain text goes on in a further row."""
     packing: Flag = False
     """Put several rows into one sequence, without attention between them."""
+    num_proc: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that turn rows into tokens; `auto` takes one for each core when there are many rows."""
+    audit_ignore: list[Text] = Field(default_factory=list)
+    """Findings of the audit that are as they should be, by name: they neither stop the run nor are told."""
     assistant_only_loss: Flag = True
     """Learn only what the assistant says; false learns every token of a conversation."""
+    train_on_turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation are learned: `all`, or the `last` of those a row does not mark as untrained."""
     completion_only_loss: Flag = True
     """Learn only the completion of a prompt; false learns the prompt too."""
     chat_template: Text | None = None
@@ -94,6 +126,10 @@ class Training(Options):
     """Number of optimizer steps; above 0 it replaces `num_train_epochs`."""
     per_device_train_batch_size: Integer = Field(default=8, ge=1)
     """Rows per device in one forward and backward pass."""
+    group_by_length: Flag = False
+    """Put rows of like length into one batch: less padding, at the price of a less random order."""
+    max_tokens_per_batch: Integer | None = Field(default=None, ge=2)
+    """Batches of so many tokens, padding included, instead of a number of rows: as many rows as fit."""
     per_device_eval_batch_size: Integer = Field(default=8, ge=1)
     """Rows per device in one evaluation pass."""
     gradient_accumulation_steps: Integer = Field(default=1, ge=1)
@@ -241,6 +277,14 @@ class Recipe:
             distributed=Distributed(**data["distributed"]),
             optimizer=Chosen(training.optim, optimizer.Options(**training.optim_args)),
         )
+
+
+def listed(value: str | list[str | Source] | float | None) -> tuple[Source, ...]:
+    """Return what `data.train` or `data.eval` names; a fraction names nothing."""
+    if value is None or isinstance(value, (int, float)):
+        return ()
+    items = [value] if isinstance(value, str) else value
+    return tuple(item if isinstance(item, Source) else Source(path=item) for item in items)
 
 
 def _choose(package: str, section: dict[str, Any]) -> Chosen:

@@ -130,6 +130,30 @@ def _number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
+def histogram(name: str, title: str, edges: Sequence[int], counts: Sequence[int]) -> Plot:
+    """Return how many things are how large, as bars."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(figsize=(7.0, 2.2), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        axes.stairs(counts, edges, fill=True, color=_FIRST)
+        axes.grid(axis="y", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+        svg = _for_page(name, _drawn(figure))
+    caption = f"{sum(counts):,} rows of {edges[0]:,} to {edges[-1] - 1:,} tokens; the highest bar has {max(counts):,}."
+    return Plot(name, title, caption, svg)
+
+
+def _drawn(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return out.getvalue()
+
+
 def _svg(name: str, series: Sequence[Series]) -> str:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
@@ -137,9 +161,7 @@ def _svg(name: str, series: Sequence[Series]) -> str:
         matplotlib.rcParams["path.simplify"] = max(len(one.steps) for one in series) > _MANY
         figure = Figure(figsize=(5.0, 2.5), layout="constrained", facecolor="none")
         _lines(figure.add_subplot(facecolor="none"), series)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _for_page(name, out.getvalue())
+        return _for_page(name, _drawn(figure))
 
 
 def _lines(axes: Axes, series: Sequence[Series]) -> None:

@@ -12,7 +12,7 @@ from ftune.errors import DataError, FtuneError, MachineError, Problem, RecipeErr
 from ftune.machine import Machine
 from ftune.places import expanded
 from ftune.recipe import Loaded, order, overrides, read, source, validate
-from ftune.recipe.schema import Recipe
+from ftune.recipe.schema import Recipe, listed
 from ftune.resolve import files, output
 from ftune.resolve.decide import decide
 from ftune.resolve.huggingface import training_arguments
@@ -75,7 +75,7 @@ def _kind(problem: Problem) -> type[FtuneError]:
 def data_files(recipe: Recipe) -> list[str]:
     """Return what a decided recipe learns from: its data and the template that renders them."""
     template = [recipe.data.chat_template] if recipe.data.chat_template else []
-    return files.sources(recipe.data.train) + files.sources(recipe.data.eval) + template
+    return [source.path for value in (recipe.data.train, recipe.data.eval) for source in listed(value)] + template
 
 
 def resolve(loaded: Loaded, machine: Machine, *, fingerprints: bool = True) -> RunSpec:

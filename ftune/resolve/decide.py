@@ -15,9 +15,11 @@ from ftune.machine import Machine
 from ftune.places import locate, model_folder
 from ftune.recipe import Loaded
 from ftune.recipe import source as sources
-from ftune.recipe.schema import Recipe
-from ftune.resolve import files
+from ftune.recipe.schema import Recipe, listed
 from ftune.resolve.spec import Decision
+
+_MOST_PROCESSES = 16
+"""More than so many wait for the one that reads the file."""
 
 
 def decide(loaded: Loaded, machine: Machine) -> tuple[Recipe, tuple[Decision, ...]]:
@@ -34,7 +36,8 @@ def decide(loaded: Loaded, machine: Machine) -> tuple[Recipe, tuple[Decision, ..
 def _with(recipe: Recipe, decisions: list[Decision]) -> Recipe:
     for decision in decisions:
         section, key = decision.key.split(".")
-        changed = getattr(recipe, section).model_copy(update={key: decision.value})
+        before = getattr(recipe, section)
+        changed = type(before)(**{**before.model_dump(), key: decision.value})
         recipe = replace(recipe, **{section: changed})
     return recipe
 
@@ -42,11 +45,11 @@ def _with(recipe: Recipe, decisions: list[Decision]) -> Recipe:
 def _paths(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
     for key in ("train", "eval"):
         value = getattr(recipe.data, key)
-        names = files.sources(value)
+        names = [source.path for source in listed(value)]
         found = [str(locate(name, loaded.directory) or name) for name in names]
         if found != names:
             where = "found beside the recipe" if _beside(loaded, names) else "found from here"
-            yield Decision(f"data.{key}", found if isinstance(value, list) else found[0], where)
+            yield Decision(f"data.{key}", _moved(value, found), where)
     if recipe.data.chat_template is not None:
         template = locate(recipe.data.chat_template, loaded.directory)
         if template is not None:
@@ -54,6 +57,14 @@ def _paths(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisio
     model = locate(recipe.model.model_name_or_path, loaded.directory)
     if model is not None and model.is_dir() and str(model) != recipe.model.model_name_or_path:
         yield Decision("model.model_name_or_path", str(model), "a directory of that name is here")
+
+
+def _moved(value: Any, paths: list[str]) -> Any:
+    """Return `data.train` or `data.eval` with other paths, in the shape in which it was written."""
+    if not isinstance(value, list):
+        return paths[0]
+    moved = zip(value, paths, strict=True)
+    return [path if isinstance(item, str) else {**item.model_dump(), "path": path} for item, path in moved]
 
 
 def _beside(loaded: Loaded, names: list[str]) -> bool:
@@ -153,6 +164,9 @@ def _evaluation(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[De
 
 
 def _loader(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    if recipe.data.num_proc == "auto":
+        count = max(1, min(machine.cpu_cores, _MOST_PROCESSES))
+        yield Decision("data.num_proc", count, "a process for each core")
     if recipe.training.dataloader_pin_memory == "auto":
         pin = bool(machine.gpus)
         why = "pinned batches copy to the GPU in the background" if pin else "there is no GPU to copy to"

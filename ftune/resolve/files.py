@@ -15,13 +15,6 @@ from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_fol
 from ftune.recipe.source import KeyPath, Source
 
 
-def sources(value: str | list[str] | float | None) -> list[str]:
-    """Return the names in `data.train` or `data.eval`; a fraction names none."""
-    if value is None or isinstance(value, (int, float)):
-        return []
-    return [value] if isinstance(value, str) else list(value)
-
-
 def problems(source: Source) -> list[Problem]:
     """Return a problem for every named file that is missing or empty; the recipe may have other errors."""
     found = [problem for key in ("train", "eval") for problem in _data_problems(source, key)]
@@ -51,9 +44,11 @@ def _directory(source: Source) -> Path:
 def _named(source: Source, key: str) -> list[tuple[KeyPath, str]]:
     """Return the names in `data.train` or `data.eval` that are text, each with its place."""
     value = _section(source, "data").get(key)
+    found: list[tuple[KeyPath, Any]] = [(("data", key), value)]
     if isinstance(value, list):
-        return [(("data", key, index), name) for index, name in enumerate(value) if _is_name(name)]
-    return [(("data", key), value)] if _is_name(value) else []
+        found = [(("data", key, index), item) for index, item in enumerate(value)]
+    paths = [((*at, "path"), item.get("path")) if isinstance(item, dict) else (at, item) for at, item in found]
+    return [(at, name) for at, name in paths if _is_name(name)]
 
 
 def _is_name(value: Any) -> TypeGuard[str]:

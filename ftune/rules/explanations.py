@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
+from ftune.findings import known_findings
 from ftune.machine import Machine
 from ftune.recipe.reference import Key, all_keys, key_table, keys_of
 from ftune.recipe.schedules import SCHEDULES
@@ -38,6 +39,8 @@ def overview() -> str:
         lines += [f"  {name:<20} {plugin.get(package, name).summary}" for name in plugin.names(package)]
     lines += ["", "Rules:"]
     lines += [f"  {rule.id:<40} {rule.severity}" for rule in RULES]
+    lines += ["", "Findings of the audit of the rows:"]
+    lines += [f"  {kind:<20} {found.severity:<8} rows that {found.what}" for kind, found in known_findings().items()]
     lines += ["", "Other errors:"]
     lines += [f"  {name}" for name in sorted(MESSAGES)]
     return "\n".join(lines)
@@ -61,6 +64,8 @@ def explain_name(name: str) -> str:
     if short in SCHEDULES and _within(above, "training.lr_scheduler_type"):
         parts.append(_schedule(short))
     parts += [_rule(rule) for rule in RULES if rule.id == name]
+    if name in known_findings():
+        parts.append(_finding(known_findings()[name]))
     if name in MESSAGES:
         parts.append(f"{name}\n  {MESSAGES[name]}")
     owners = [key for key in keys if key.name == short and _within(above, key.owner)]
@@ -79,10 +84,23 @@ def _within(above: Sequence[str], owner: str) -> bool:
 
 def _unknown(name: str, keys: Sequence[Key]) -> Problem:
     known = {key.name for key in keys} | set(SECTIONS) | {rule.id for rule in RULES} | set(MESSAGES)
+    known |= set(known_findings())
     known |= {method for package in _KINDS for method in plugin.names(package)} | set(SCHEDULES)
     near = difflib.get_close_matches(name, known, n=3)
     fix = "did you mean " + " or ".join(near) + "?" if near else "`ftune explain` lists what there is"
     return Problem("unknown-name", f"there is nothing called `{name}`", fix=fix)
+
+
+def _finding(found: plugin.Finding) -> str:
+    ignore = f"to let it be: data.audit_ignore: [{found.kind}]"
+    return "\n".join(
+        [
+            f"{found.kind} ({found.severity}, found in the rows by `ftune preview` and at the start of a run)",
+            f"  rows that {found.what}",
+            f"  why: {found.why}",
+            f"  fix: {found.fix}; {ignore}",
+        ]
+    )
 
 
 def _section(name: str, keys: Sequence[Key]) -> str:

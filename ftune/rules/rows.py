@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ftune import plugin
+from ftune.recipe.schema import listed
 from ftune.rules.rule import Facts, Rule
+
+
+def _source_not_read(facts: Facts) -> bool:
+    """Whether one of several sources names a format that the objective cannot learn from."""
+    data = facts.recipe.data
+    named = {source.format for source in (*listed(data.train), *listed(data.eval))}
+    return bool(named & set(plugin.names(plugin.FORMATS)) - facts.objective.formats)
 
 
 def _loss_setting_ignored(facts: Facts, key: str) -> bool:
@@ -103,9 +112,19 @@ RULES: tuple[Rule, ...] = (
         when=lambda f: f.recipe.data.format != "auto" and f.recipe.data.format not in f.objective.formats,
         what="{objective} cannot learn from `{format}` rows",
         because="it reads {formats}",
-        instead="set data.format: auto, or choose the objective for these rows",
+        instead="set data.format to how the rows are written, or choose an objective that reads `{format}` rows",
         bad={"objective": {"method": "pretrain"}, "data": {"format": "alpaca"}},
         good={"objective": {"method": "pretrain"}, "data": {"format": "text"}},
+    ),
+    Rule(
+        id="objective-reads-every-source",
+        at="data.train",
+        when=_source_not_read,
+        what="{objective} cannot learn from the format that one of the sources names",
+        because="it reads {formats}",
+        instead="set that source's format to how its rows are written, or choose an objective that reads them",
+        bad={"objective": {"method": "pretrain"}, "data": {"train": [{"path": "chats.jsonl", "format": "messages"}]}},
+        good={"objective": {"method": "pretrain"}, "data": {"train": [{"path": "books.jsonl", "format": "text"}]}},
     ),
     _loss_setting_rule("assistant_only_loss", "prompt_completion", "messages"),
     _loss_setting_rule("completion_only_loss", "messages", "prompt_completion"),

@@ -106,6 +106,8 @@ class Facts:
                 training.lr_scheduler_kwargs, training.warmup_steps, training.max_steps
             ),
             "learning_rate": f"{self.learning_rate:g}",
+            "max_tokens": training.max_tokens_per_batch,
+            "max_length": data.max_length,
             "loss_setting": self._loss_setting(),
             "loss_rule": self._loss_rule(),
             "flash_package": self.flash.package if self.flash else "",

@@ -53,10 +53,14 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        names = ("eval_loss",) if "eval_loss" in logs else LOGGED
+        what = "eval_loss" if "eval_loss" in logs else "loss"
+        names = ("eval_loss",) if what == "eval_loss" else LOGGED
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         # JSON has no NaN: an infinite norm, such as fp16's first steps have, is null.
         line |= {name: logs[name] if math.isfinite(logs[name]) else None for name in names if name in logs}
+        by_source = {name.partition("/")[2]: value for name, value in logs.items() if name.startswith(f"{what}/")}
+        if by_source:
+            line[f"{what}_by_source"] = by_source
         line["time"] = round(time.time(), 3)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -6,11 +6,10 @@ import contextlib
 import math
 from typing import Any
 
-import datasets
-import pyarrow.compute
 import torch
 
 from ftune.data.prepare import Prepared
+from ftune.data.sequences import Sequences
 from ftune.errors import Problem, RecipeError
 from ftune.models.load import max_positions
 from ftune.recipe.schema import Recipe
@@ -21,8 +20,7 @@ from ftune.training.trainer import FtuneTrainer
 def check_lengths(recipe: Recipe, data: Prepared, model: object) -> None:
     """Raise RecipeError where rows are longer than the positions the model knows."""
     most = max_positions(model)
-    longest = max([counts["longest"] for counts in data.statistics.values()], default=0)
-    longest = recipe.data.max_length if recipe.data.streaming else min(longest, recipe.data.max_length)
+    longest = recipe.data.max_length if recipe.data.streaming else min(data.longest, recipe.data.max_length)
     if most is None or longest <= most:
         return
     why = f"the longest row has {longest} tokens"
@@ -96,11 +94,9 @@ def check_vocabulary(tokenizer: Any, model: Any, data: Prepared | None = None) -
 
 def _largest_id(data: Prepared | None) -> int | None:
     """Return the largest id in the rows; None where not all of them have been seen."""
-    if data is None or not isinstance(data.train, datasets.Dataset):
+    if data is None or not isinstance(data.train, Sequences):
         return None
-    parts = [data.train, *([data.eval] if data.eval is not None else [])]
-    found = [pyarrow.compute.max(pyarrow.compute.list_flatten(part.data.column("input_ids"))).as_py() for part in parts]
-    return max([number for number in found if number is not None], default=None)
+    return max(part.largest_id() for part in (data.train, data.eval) if part is not None)
 
 
 def _may_occur(tokenizer: Any, number: int, token: str) -> bool:

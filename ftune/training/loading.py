@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune import plugin
-from ftune.data.prepare import Prepared, prepare
+from ftune.data.prepare import LOOKED_AT, Prepared, prepare
 from ftune.errors import RecipeError
 from ftune.models.cache import cache_directory
 from ftune.models.load import load_model
@@ -28,14 +28,12 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
 
 
 def load_rows(spec: RunSpec, tokenizer: object) -> Prepared:
-    objective = plugin.objective(spec.recipe.objective.method)
-    whole_text = all(plugin.format_named(name).trains_whole_text for name in objective.formats)
     return prepare(
         spec.recipe.data,
         tokenizer=tokenizer,
         seed=spec.recipe.training.seed,
         cache=cache_directory() / "tokens",
-        trains_whole_text_only=whole_text,
+        learns=plugin.objective(spec.recipe.objective.method).formats,
     )
 
 
@@ -45,10 +43,14 @@ def prompts_of(spec: RunSpec, data: Prepared) -> tuple[object, ...]:
 
 
 def tell(data: Prepared, shown: progress.Progress) -> None:
-    for name, counts in data.statistics.items():
-        shown.say(
-            f"{name}: {counts['rows']:,} {data.format} rows, {counts['tokens']:,} tokens, "
-            f"{counts['supervised_tokens']:,} of them learned, longest {counts['longest']:,}"
-        )
+    for name, sources in data.stored.items():
+        for each in sources:
+            counts, which = each.audit, f" {each.part.source}" if len(sources) > 1 else ""
+            shown.say(
+                f"{name}{which}: {counts.rows:,} {each.encoding.format.name} rows, {counts.tokens:,} tokens, "
+                f"{counts.supervised_tokens:,} of them learned, longest {counts.longest:,}"
+            )
+    if data.first_rows:
+        shown.say(f"train: streamed; the first {LOOKED_AT:,} rows of each source were looked at")
     for warning in data.warnings:
-        shown.say(f"warning: {warning}")
+        shown.say(warning)

@@ -12,9 +12,12 @@ import torch
 class Meter:
     """Sums since the last logged line, and over the whole run; losses stay on the device until they are read."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.window = torch.zeros(3, dtype=torch.float64, device=device)
-        """Summed step losses, tokens and supervised tokens since the last line, of this rank."""
+    def __init__(self, device: torch.device, sources: tuple[str, ...] = ()) -> None:
+        self.sources = sources
+        """Names of the sources whose losses are told apart."""
+        self.window = torch.zeros(3 + 2 * len(sources), dtype=torch.float64, device=device)
+        """Since the last line, of this rank: summed step losses, tokens, supervised tokens, and for each source its
+        summed loss and learned tokens."""
         self.window_steps = 0
         self.total_loss = 0.0
         self.total_steps = 0
@@ -32,6 +35,11 @@ class Meter:
         self.window[1] += tokens
         self.window[2] += (batch["labels"] != -100).sum()
 
+    @property
+    def by_source(self) -> torch.Tensor | None:
+        """The part of the window that a loss adds to, (sources, 2)."""
+        return self.window[3:].view(-1, 2) if self.sources else None
+
     def end_step(self) -> None:
         self.window_steps += 1
 
@@ -47,7 +55,7 @@ class Meter:
         """Close the window and return its line: mean loss per step, token counts and the run's token rate."""
         summed = reduce(self.window.clone())
         self.stop_clock()
-        loss, tokens, supervised = (float(value) for value in summed)
+        loss, tokens, supervised, *rest = summed.tolist()
         loss /= ranks
         steps = max(1, self.window_steps)
         self.total_loss += loss
@@ -58,6 +66,7 @@ class Meter:
         self.window.zero_()
         self.window_steps = 0
         return {
+            **losses_by_source(self.sources, rest, "loss"),
             "loss": loss / steps,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
@@ -84,6 +93,12 @@ class Meter:
             setattr(self, name, value)
         self._window_began = self.seconds
         self.start_clock()
+
+
+def losses_by_source(names: tuple[str, ...], sums: list[float], what: str) -> dict[str, float]:
+    """Return the mean loss of each source that was seen, as `loss/NAME`; `sums` are pairs of loss and tokens."""
+    pairs = zip(names, sums[::2], sums[1::2], strict=True)
+    return {f"{what}/{name}": loss / tokens for name, loss, tokens in pairs if tokens}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

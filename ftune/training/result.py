@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftune import rundir
+from ftune.data.detect import reads_plain_text
 from ftune.errors import Interrupted, Problem
+from ftune.models import golden
 from ftune.models.quiet import quiet
 from ftune.training import checkpoint
 from ftune.training.meter import peak_memory_bytes
@@ -75,6 +77,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
             with quiet(), rundir.whole_directory(final) as folder:
                 model.save_pretrained(folder)
                 trainer.processing_class.save_pretrained(folder)
+                golden.write(folder, trainer.processing_class, plain=reads_plain_text(trainer.recipe.data))
         except Exception as error:
             if checkpoint.out_of_room(error):
                 raise checkpoint.saving_failed(final, error) from None

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "training.dataloader_",
     "training.early_stopping_",
     "training.load_best_model_at_end",
+    "data.num_proc",
 )
 """Settings that a run may go on with changed: they do not touch what was already learned."""
 FOUND_AGAIN = ("data.format", "data.train", "data.eval", "data.chat_template", "model.model_name_or_path")

@@ -41,16 +41,17 @@ def train(spec: RunSpec, *, plain: bool = False, checkpoint: Path | None = None)
 def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop: StopOnRequest) -> RunResult:
     started, recipe = time.perf_counter(), spec.recipe
     home = Path(recipe.training.output_dir)
-    arguments = _arguments(spec, fresh=checkpoint is None)
-    with arguments.main_process_first(local=False):
+    if os.environ.get("RANK", "0") == "0":
         checkpoints.remove_partial(home)
-        tokenizer = load_tokenizer(recipe.model, shown.say)
-        data = load_rows(spec, tokenizer)
-        if spec.recipe.data.format == "auto":
-            check_later(spec, "data.format", data.format, shown.say)
-            spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
-        spec, model = load_base(spec, shown)
+    # Before any process group: ranks wait on files for the one that tokenises, whom no watchdog then ends.
+    tokenizer = load_tokenizer(recipe.model, shown.say)
+    data = load_rows(spec, tokenizer)
+    if spec.recipe.data.format == "auto":
+        check_later(spec, "data.format", data.format, shown.say)
+        spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
+    spec, model = load_base(spec, shown)
     recipe = spec.recipe
+    arguments = _arguments(spec, fresh=checkpoint is None)
     tell(data, shown)
     check_lengths(recipe, data, model)
     check_vocabulary(tokenizer, model, data)
@@ -61,7 +62,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
 
     flatten = recipe.model.attn_implementation.startswith("flash")
     padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
-    collator = Collator(padding, flatten=flatten)
+    collator = Collator(padding, flatten=flatten, by_source=data.sources > 1)
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
     if recipe.training.early_stopping_patience is not None:

@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ftune import plugin, rundir
+from ftune.data.batches import PlannedBatches, batches_of
+from ftune.data.sequences import Sequences
 from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
 from ftune.recipe.schema import Recipe
 from ftune.training import checkpoint
 from ftune.training.callbacks import StopOnRequest
-from ftune.training.meter import Meter, peak_memory_bytes
+from ftune.training.meter import Meter, losses_by_source, peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,32 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.loss_is_scaled_for_ga = True
-        self.meter = Meter(self.args.device)
+        self.meter = Meter(self.args.device, _told_apart(self.train_dataset))
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    def get_train_dataloader(self) -> Any:
+        """Return batches of like or bounded length where the recipe asks for them, else the Trainer's random ones."""
+        if (planned := self._planned_batches()) is None:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=planned,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        # As for one process: these batches are this rank's already.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _planned_batches(self) -> PlannedBatches | None:
+        training, rows = self.recipe.training, self.train_dataset
+        if not isinstance(rows, Sequences) or not (training.group_by_length or training.max_tokens_per_batch):
+            return None
+        ranks = self.accelerator.num_processes
+        size, most = self.args.train_batch_size, training.max_tokens_per_batch
+        batches = batches_of(rows.lengths, rows=size, most_tokens=most, ranks=ranks, seed=training.seed)
+        return PlannedBatches(batches, rank=self.args.process_index, ranks=ranks, seed=training.seed)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the recipe's optimizer over the trained weights; biases and norms are not decayed."""
@@ -96,6 +124,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
             num_items=num_items_in_batch,
             label_smoothing=self.recipe.training.label_smoothing_factor,
             options=self.recipe.objective.options,
+            by_source=self.meter.by_source,
         )
         # DDP averages gradients over ranks, and each rank has already divided by the tokens of all.
         return loss * self.accelerator.num_processes
@@ -172,19 +201,27 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         # Autocast is our own: the model has it only once `train` has prepared it, which a run at its end does not.
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        names = _told_apart(self.eval_dataset)
+        sums = torch.zeros(3 + 2 * len(names), dtype=torch.float64, device=self.args.device)
+        by_source = sums[3:].view(-1, 2) if names else None
         with torch.no_grad():
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 count = (batch["labels"][:, 1:] != IGNORED).sum()
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
                     loss = self.objective.loss(
-                        model, batch, num_items=1, label_smoothing=0.0, options=self.recipe.objective.options
+                        model,
+                        batch,
+                        num_items=1,
+                        label_smoothing=0.0,
+                        options=self.recipe.objective.options,
+                        by_source=by_source,
                     )
-                sums += torch.stack([loss.double(), count.double(), torch.ones_like(sums[2])])
+                sums[:3] += torch.stack([loss.double(), count.double(), torch.ones_like(sums[2])])
         # `even_batches` repeats rows so that ranks have equal counts: with several ranks a few rows count twice.
-        total, tokens, batches = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {f"{named.get('metric_key_prefix', 'eval')}_loss": total / tokens if tokens else math.nan}
+        total, tokens, batches, *rest = self.accelerator.reduce(sums, "sum").tolist()
+        what = f"{named.get('metric_key_prefix', 'eval')}_loss"
+        metrics = {what: total / tokens if tokens else math.nan, **losses_by_source(names, rest, what)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(batches))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -324,8 +361,11 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         """Return how many optimizer steps the run will take."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
-        rows = len(self.train_dataset)
-        batches = math.ceil(rows / (self.args.train_batch_size * self.accelerator.num_processes))
+        if (planned := self._planned_batches()) is not None:
+            batches = len(planned)
+        else:
+            rows = len(self.train_dataset)
+            batches = math.ceil(rows / (self.args.train_batch_size * self.accelerator.num_processes))
         per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
         return math.ceil(per_epoch * self.args.num_train_epochs)
 
@@ -336,6 +376,12 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         weights = checkpoint.tensor_bytes(kept)
         state = plugin.optimizer(self.recipe.optimizer.method).state_bytes_per_parameter
         return weights + int(state * sum(weight.numel() for weight in trained)), weights
+
+
+def _told_apart(rows: Any) -> tuple[str, ...]:
+    """Return the names of the sources, where there are several."""
+    names = getattr(rows, "names", ())
+    return names if len(names) > 1 else ()
 
 
 def _itself(sums: torch.Tensor) -> torch.Tensor:

@@ -189,15 +189,26 @@ def test_tokens_without_an_embedding_are_named(tiny_model: Path) -> None:
 
 
 def test_vocabulary_is_judged_by_the_rows_where_they_are_known(tiny_model: Path) -> None:
-    import datasets
+    import numpy
     from conftest import make_model, make_tokenizer
 
+    from ftune.data import tokens
+    from ftune.data.mixing import mix
     from ftune.data.prepare import Prepared
+    from ftune.data.sequences import sequences
     from ftune.errors import RecipeError
     from ftune.training.fit import check_vocabulary
 
+    def kept(ids: list[int]) -> tokens.Kept:
+        return tokens.Kept(0, 1, (tokens.TokenRow(numpy.array(ids), numpy.zeros((0, 2), dtype=numpy.int32)),))
+
     model, tokenizer = make_model(vocab_size=258), make_tokenizer()
-    fine, wrong = (datasets.Dataset.from_dict({"input_ids": [[1, 2], [number]]}) for number in (257, 258))
+    fine, wrong = (
+        sequences([stored], ["x"], mix([2], None, stop="all_exhausted", seed=0), ("",), capacity=None)
+        for stored in (
+            tokens.write(None, "", ("",), numpy.uint16, [kept([1, 2]), kept([number])]) for number in (257, 258)
+        )
+    )
     check_vocabulary(tokenizer, model, Prepared(fine, None, "text"))
     for data in (Prepared(wrong, None, "text"), Prepared(fine, wrong, "text")):
         with pytest.raises(RecipeError, match="258"):

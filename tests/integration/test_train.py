@@ -409,6 +409,33 @@ class TestTwoRanks:
         assert result["eval_loss"] == pytest.approx(alone.eval_loss, rel=1e-6)
         assert result["supervised_tokens"] == alone.supervised_tokens
 
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_a_stream_is_shared_out_without_overlap(
+        self, packing: bool, tiny_model: Path, rows: Path, tmp_path: Path
+    ) -> None:
+        data = {"streaming": True, "shuffle_buffer_size": 8, "packing": packing}
+        settings = {"optim": "sgd", "max_steps": 9}
+        one = {**settings, "per_device_train_batch_size": 4}
+        alone = ftune.train(recipe(tiny_model, rows, tmp_path / "one", data=data, training=one))
+        two = {**settings, "per_device_train_batch_size": 2}
+        values = recipe(tiny_model, rows, tmp_path / "two", data=data, training=two)
+        done = self.launch(written(tmp_path, values), "train")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert losses(tmp_path / "two") == pytest.approx(losses(alone.directory), rel=1e-6)
+
+    @pytest.mark.parametrize("settings", [{"group_by_length": True}, {"max_tokens_per_batch": 400}], ids=str)
+    def test_planned_batches_are_shared_out(
+        self, settings: dict[str, Any], tiny_model: Path, rows: Path, tmp_path: Path
+    ) -> None:
+        values = recipe(tiny_model, rows, tmp_path / "two", training=settings)
+        if "max_tokens_per_batch" in settings:
+            del values["training"]["per_device_train_batch_size"]
+        done = self.launch(written(tmp_path, values), "train")
+        assert done.returncode == 0, done.stdout + done.stderr
+        alone = ftune.train(recipe(tiny_model, rows, tmp_path / "one"))
+        result = json.loads((tmp_path / "two" / "result.json").read_text())
+        assert result["supervised_tokens"] == alone.supervised_tokens
+
     def test_resume_to_the_same_bits(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
         import shutil
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftune.data.collate import Collator
-from ftune.data.pack import best_fit_decreasing
+from ftune.data.pack import packed
 
 CAPACITY = 40
 
@@ -26,15 +27,15 @@ def make_rows() -> list[dict[str, list[int]]]:
 
 
 def pack(rows: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
-    packed = []
-    for group in best_fit_decreasing([len(row["input_ids"]) for row in rows], CAPACITY):
+    found = []
+    for group in packed(numpy.array([len(row["input_ids"]) for row in rows]), CAPACITY):
         joined: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
         for at in group:
             joined["input_ids"] += rows[at]["input_ids"]
             joined["labels"] += rows[at]["labels"]
             joined["position_ids"] += range(len(rows[at]["input_ids"]))
-        packed.append(joined)
-    return packed
+        found.append(joined)
+    return found
 
 
 def make_model(attention: str, dtype: torch.dtype) -> Any:

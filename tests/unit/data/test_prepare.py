@@ -15,8 +15,6 @@ from ftune.errors import DataError
 from ftune.plugin import PlainText, Turn
 from ftune.recipe.schema import Data
 
-COUNTS = "rows", "tokens", "supervised_tokens", "cut_rows", "cut_tokens", "dropped_rows", "longest"
-
 
 def dialogue(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -26,7 +24,8 @@ ROWS = [dialogue(f"what is {number}?", f"it is {number}" + " the cat" * (number 
 
 
 def prepared(tokenizer: Any, cache: Path | None = None, *, seed: int = 1, whole: bool = False, **data: Any) -> Prepared:
-    return prepare(Data(**data), tokenizer=tokenizer, seed=seed, cache=cache, trains_whole_text_only=whole)
+    learns = frozenset({"text"}) if whole else None
+    return prepare(Data(**data), tokenizer=tokenizer, seed=seed, cache=cache, learns=learns)
 
 
 def answers(tokenizer: Any, rows: Any) -> list[str]:
@@ -42,12 +41,11 @@ def test_rows_keep_their_order_and_are_counted(stored: bool, tokenizer: Any, wri
     assert made.format == "messages"
     assert made.eval is None
     assert answers(tokenizer, made.train) == EXPECTED
-    counts = made.statistics["train"]
-    assert counts["rows"] == 60
-    assert counts["tokens"] == sum(len(row["input_ids"]) for row in made.train)
-    assert counts["supervised_tokens"] == sum(label != -100 for row in made.train for label in row["labels"])
-    assert counts["longest"] == max(len(row["input_ids"]) for row in made.train)
-    assert set(COUNTS) <= set(counts)
+    counts = made.stored["train"][0].audit
+    assert counts.rows == 60
+    assert counts.tokens == sum(len(row["input_ids"]) for row in made.train) == made.train.num_tokens
+    assert counts.supervised_tokens == sum(label != -100 for row in made.train for label in row["labels"])
+    assert counts.longest == max(len(row["input_ids"]) for row in made.train)
     assert made.warnings == ()
     assert made.prompts[0] == (Turn("user", "what is 0?"),)
     assert len(made.prompts) == 3
@@ -71,9 +69,9 @@ def test_packing_holds_every_row_once(streaming: bool, tokenizer: Any, write_row
         starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
         assert all(row["labels"][at] == -100 for at in starts)
         for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
-            assert row["position_ids"][start:end] == list(range(end - start))
-            found.append((row["input_ids"][start:end], row["labels"][start:end]))
-    every = [(row["input_ids"], row["labels"]) for row in alone]
+            assert list(row["position_ids"][start:end]) == list(range(end - start))
+            found.append((list(row["input_ids"][start:end]), list(row["labels"][start:end])))
+    every = [(list(row["input_ids"]), list(row["labels"])) for row in alone]
     if streaming:  # a stream has no end: what is packed are its rows, whole
         assert all(row in every for row in found)
     else:
@@ -105,22 +103,30 @@ def test_the_cache_is_used_again_and_only_for_the_same(
     cache, path = tmp_path / "cache", write_rows(ROWS)
     wanted = {"train": path, "packing": True, "max_length": 128}
     first = prepared(make_tokenizer(), cache, **wanted)
-    files = sorted(cache.iterdir())
-    assert [file.suffix for file in files] == [".arrow", ".json"] * 2
-    made = {file: file.stat().st_mtime_ns for file in files}
-    monkeypatch.setattr("ftune.data.prepare.encoded_rows", None)
+    files = list(cache.glob("*.arrow"))
+    assert len(files) == 1
+    made = files[0].stat().st_mtime_ns
+    monkeypatch.setattr("ftune.data.prepare.outcomes", None)
     again = prepared(make_tokenizer(), cache, **wanted)
-    assert again.train[:] == first.train[:]
-    assert (again.statistics, again.warnings) == (first.statistics, first.warnings)
-    assert {file: file.stat().st_mtime_ns for file in sorted(cache.iterdir())} == made
+    for one, other in zip(again.train, first.train, strict=True):
+        assert all((one[column] == other[column]).all() for column in one)
+    assert again.stored["train"][0].audit == first.stored["train"][0].audit
+    assert again.warnings == first.warnings
+    assert files[0].stat().st_mtime_ns == made
     monkeypatch.undo()
     prepared(make_tokenizer(templates["llama3"]), cache, **wanted)
-    assert len(list(cache.iterdir())) == 8
+    assert len(list(cache.glob("*.arrow"))) == 2
     prepared(make_tokenizer(), cache, **{**wanted, "max_length": 120})
-    assert len(list(cache.iterdir())) == 12
+    assert len(list(cache.glob("*.arrow"))) == 3
 
 
 PAIRS = [{"prompt": f"what is {n}?", "completion": " it is" + " the cat" * (1 + n % 7)} for n in range(60)]
+
+
+def plain(made: Prepared) -> list[Any]:
+    """Return all rows as lists, which can be compared."""
+    rows = [*made.train, *(made.eval or ())]
+    return [(row["input_ids"].tolist(), row["labels"].tolist()) for row in rows]
 
 
 def a_word(tokenizer: Any) -> None:
@@ -154,9 +160,9 @@ def test_the_cache_gives_what_no_cache_gives(change: Any, make_tokenizer: Any, w
     else:
         wanted |= change
     found, fresh = (prepared(tokenizer, cache, **wanted) for cache in (tmp_path / "cache", None))
-    assert (found.train[:], found.eval[:]) == (fresh.train[:], fresh.eval[:])
-    assert found.statistics == fresh.statistics
-    assert (found.train[:], found.eval[:]) != (before.train[:], before.eval[:])
+    assert plain(found) == plain(fresh)
+    assert [each.audit for each in found.stored["train"]] == [each.audit for each in fresh.stored["train"]]
+    assert plain(found) != plain(before)
 
 
 def test_the_cache_knows_changed_contents(tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_a_broken_cache_file_is_made_anew(tokenizer: Any, write_rows: Any, tmp_p
 def test_a_failed_start_leaves_nothing_in_the_cache(tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         prepared(tokenizer, tmp_path / "cache", train=write_rows([*ROWS, {"mesages": []}]))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
 def test_bad_rows_are_named_together(tokenizer: Any, tmp_path: Path) -> None:
@@ -216,12 +222,13 @@ def test_conversations_need_a_template_which_may_come_from_a_file(
 def test_cut_and_dropped_rows_are_said(tokenizer: Any, write_rows: Any) -> None:
     rows = [*ROWS[:4], dialogue("cat " * 80, "no"), dialogue("q", "the cat " * 40), dialogue("q", "")]
     made = prepared(tokenizer, train=write_rows(rows), max_length=60)
-    counts = made.statistics["train"]
-    assert (counts["rows"], counts["cut_rows"], counts["dropped_rows"]) == (5, 1, 2)
-    assert counts["cut_tokens"] > 20
+    counts = made.stored["train"][0].audit
+    assert (counts.rows, counts.left_out) == (5, 2)
+    assert counts.counts == {"cut": 1, "no-answer": 1, "answer-cut-off": 1, "empty-answer": 1}
+    assert counts.cut_tokens > 20
     assert len(made.train) == 5
-    assert re.search(r"1 of 5 rows are longer than data.max_length 60", made.warnings[0])
-    assert "2 rows were left out" in made.warnings[1]
+    assert any(re.search(r"1 of 7 rows are longer than data.max_length and were cut", text) for text in made.warnings)
+    assert sum("left out" in text for text in made.warnings) == 2
 
 
 @pytest.mark.parametrize(
@@ -253,12 +260,12 @@ def test_streaming_gives_the_same_rows_in_the_seeds_order(tokenizer: Any, write_
     # Pass after pass: what the buffer still holds at the end is all that may be missing from an equal count.
     assert sum(abs(train.count(answer) - 3) for answer in set(train)) <= 2 * 20
     assert train != sorted(train, key=EXPECTED.index)
-    assert "train" not in first.statistics
+    assert "train" not in first.stored
 
 
 def test_a_bad_row_in_a_stream_is_named(tokenizer: Any, write_rows: Any) -> None:
-    made = prepared(tokenizer, train=write_rows([*ROWS, *ROWS, *ROWS, {"mesages": []}]), streaming=True)
-    with pytest.raises(DataError, match=r"rows\.jsonl:181"):
+    made = prepared(tokenizer, train=write_rows([*ROWS * 40, {"mesages": []}]), streaming=True)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2401"):
         list(made.train)
     with pytest.raises(DataError, match=r"rows\.jsonl:3"):
         prepared(tokenizer, train=write_rows([*ROWS[:2], {"mesages": []}]), streaming=True)
@@ -269,30 +276,31 @@ def test_plain_text_and_completions(make_tokenizer: Any, write_rows: Any) -> Non
     made = prepared(tokenizer, train=write_rows([{"text": "the cat sat on the mat and on the mat it sat"}]), whole=True)
     assert made.prompts == (PlainText("the cat sat on the mat and on"),)
     row = made.train[0]
-    assert row["labels"][1:] == row["input_ids"][1:]
+    assert list(row["labels"][1:]) == list(row["input_ids"][1:])
     pairs = write_rows([{"prompt": "the cat", "completion": " sat"}])
     assert answers(tokenizer, prepared(tokenizer, train=pairs).train) == [" sat</s>"]
     assert prepared(tokenizer, train=pairs).prompts == (PlainText("the cat"),)
     whole = prepared(tokenizer, train=pairs, completion_only_loss=False).train[0]
-    assert whole["labels"][1:] == whole["input_ids"][1:]
+    assert list(whole["labels"][1:]) == list(whole["input_ids"][1:])
     # The other switch is for conversations and leaves completions alone.
     assert answers(tokenizer, prepared(tokenizer, train=pairs, assistant_only_loss=False).train) == [" sat</s>"]
 
 
 def test_the_whole_conversation_where_asked(tokenizer: Any, write_rows: Any) -> None:
     row = prepared(tokenizer, train=write_rows(ROWS), assistant_only_loss=False).train[0]
-    assert row["labels"][1:] == row["input_ids"][1:]
+    assert list(row["labels"][1:]) == list(row["input_ids"][1:])
     row = prepared(tokenizer, train=write_rows(ROWS), completion_only_loss=False).train[0]
-    assert row["labels"].count(-100) > 5
+    assert list(row["labels"]).count(-100) > 5
 
 
 def test_what_will_surprise_is_said(make_tokenizer: Any, tokenizer: Any, write_rows: Any) -> None:
     path = write_rows(ROWS)
-    assert any("both read" in warning for warning in prepared(tokenizer, train=path, eval=path).warnings)
     markless = make_tokenizer("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    assert any("when to stop" in warning for warning in prepared(markless, train=path).warnings)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: 60 of 60 rows teach no end mark"):
+        prepared(markless, train=path)
+    assert prepared(markless, train=path, audit_ignore=["never-stops"]).warnings == ()
     pairs = write_rows([{"prompt": "what is the capi", "completion": "tal"}])
-    assert any("a token spans" in warning for warning in prepared(tokenizer, train=pairs).warnings)
+    assert any("a token that spans" in warning for warning in prepared(tokenizer, train=pairs).warnings)
 
 
 def test_half_a_letter_is_found_by_its_row(tokenizer: Any, tmp_path: Path) -> None:
@@ -313,3 +321,18 @@ def test_a_slow_tokenizer_is_refused_before_the_cache_asks_it(write_rows: Any, t
 def test_a_cache_that_cannot_be_written_is_done_without(tokenizer: Any, write_rows: Any) -> None:
     made = prepared(tokenizer, Path("/proc/nowhere/tokens"), train=write_rows(ROWS))
     assert answers(tokenizer, made.train) == EXPECTED
+
+
+def test_the_first_rows_of_a_mix_are_a_mix(tokenizer: Any, write_rows: Any) -> None:
+    sources = [
+        {"path": write_rows(ROWS[:40], "a.jsonl"), "weight": 1},
+        {"path": write_rows(ROWS[40:], "b.jsonl"), "weight": 1},
+    ]
+    made = prepared(tokenizer, train=sources, max_train_samples=10).train
+    assert len(made) == 10
+    assert sorted(int(row["source"]) for row in made) == [0] * 5 + [1] * 5
+
+
+def test_a_stream_goes_round_its_first_rows(tokenizer: Any, write_rows: Any) -> None:
+    made = prepared(tokenizer, train=write_rows(ROWS), streaming=True, max_train_samples=5, shuffle_buffer_size=2).train
+    assert set(answers(tokenizer, itertools.islice(made, 40))) == set(EXPECTED[:5])

@@ -89,7 +89,9 @@ def test_thinking_that_the_template_drops_from_history_is_not_learned(make_token
 
 
 def test_a_template_that_hides_answers_is_refused(make_tokenizer: Any) -> None:
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] if loop.last else '...' }}\n{% endfor %}")
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}\n{% endfor %}"
+    )
     with pytest.raises(RowError, match="cannot find turn 2"):
         encoded(tokenizer, conversation_of([("a", "b", True), ("c", "d", True)]))
 

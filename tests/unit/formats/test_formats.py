@@ -26,6 +26,17 @@ OTHERS = [
     ("prompt_completion", {"prompt": "p", "completion": "c"}),
     ("text", {"text": "t"}),
     ("text", {"text": "t", "id": 3}),
+    ("preference", {"prompt": "p", "chosen": "c", "rejected": "r"}),
+    ("preference", {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [ANSWERED], "score_chosen": 7.5}),
+    ("preference", {"chosen": "p c", "rejected": "p r", "margin": 0.5}),
+    ("preference", {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, ANSWERED], "text": "rendered"}),
+    ("unpaired_preference", {"prompt": "p", "completion": "c", "label": False}),
+    ("prompt_completion", {"prompt": "p", "completion": "c", "label": "physics"}),
+    ("prompt", {"prompt": "p"}),
+    ("prompt", {"prompt": [ASKED], "answer": "3", "solution": "1 + 2"}),
+    ("rationale", {"question": "q", "rationale": "r", "answer": "a"}),
+    ("rationale", {"input": "q", "rationale": None, "label": "a", "llm_label": "b", "text": "rendered"}),
+    ("rationale", {"question": "q", "rationale": "r", "answer": "a", "label": 2}),
 ]
 
 
@@ -49,14 +60,24 @@ def test_exactly_one_format_claims_a_row(name: str, row: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "p", "chosen": "c", "rejected": "r"}, {"question": "q", "label": "yes"}, {}]
+    "row",
+    [
+        {"question": "q", "label": "yes"},
+        {"question": "q", "answer": "a"},
+        {"prompt": "p", "response": "r"},
+        {"prompt": "p", "text": "p and more"},
+        {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},
+        {"prompt": 3},
+        {"prompt": "p", "chosen": "c"},
+        {},
+    ],
 )
-@pytest.mark.parametrize("name", ["alpaca", "messages", "prompt_completion", "sharegpt", "text"])
+@pytest.mark.parametrize("name", plugin.names(plugin.FORMATS))
 def test_rows_of_other_kinds_are_not_claimed(name: str, row: dict[str, Any]) -> None:
     assert not plugin.format_named(name).detect(row)
 
 
-@pytest.mark.parametrize("name", ["alpaca", "messages", "prompt_completion", "sharegpt", "text"])
+@pytest.mark.parametrize("name", plugin.names(plugin.FORMATS))
 def test_a_format_names_itself(name: str) -> None:
     found = plugin.format_named(name)
     assert found.name == name

@@ -93,7 +93,8 @@ def test_choices_on_an_h100(changes: dict[str, dict[str, Any]], key: str, value:
 
 def test_the_recipe_has_the_say() -> None:
     said = {"bf16": True, "fp16": False, "tf32": False, "learning_rate": 1.0, "max_grad_norm": 3, "eval_strategy": "no"}
-    values = settled("T4", {"training": {**said, "dataloader_pin_memory": False}, "model": {"dtype": "float32"}})
+    training = {**said, "dataloader_pin_memory": False}
+    values = settled("T4", {"training": training, "model": {"dtype": "float32"}, "data": {"num_proc": 3}})
     assert set(values) <= {"model.attn_implementation", "distributed.engine"}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ftune.errors import RecipeError
+from ftune.findings import known_findings
 from ftune.rules import RULES
 from ftune.rules.explanations import explain_name, overview
 from ftune.rules.messages import MESSAGES
@@ -29,6 +30,12 @@ def names_in(text: str) -> Iterator[str]:
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             )
     yield from re.findall(r'yield "(data-\w+)",', text)
+
+
+@pytest.mark.parametrize("kind", known_findings())
+def test_every_finding_is_explained(kind: str) -> None:
+    assert known_findings()[kind].fix in explain_name(kind)
+    assert kind in overview()
 
 
 def test_every_name_of_the_source_is_explained() -> None:
