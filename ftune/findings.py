@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import cache
 
 from ftune import plugin
+from ftune.errors import Place, Problem
 from ftune.plugin import Finding
 
 ROW_FINDINGS = (
@@ -105,3 +107,14 @@ def known_findings() -> dict[str, Finding]:
     formats = [plugin.format_named(name) for name in plugin.names(plugin.FORMATS)]
     every = (*ROW_FINDINGS, *SET_FINDINGS, *(found for each in formats for found in each.findings))
     return {finding.kind: finding for finding in every}
+
+
+def unknown_finding(kind: str, where: Place | None = None) -> Problem | None:
+    """Return the problem of a name that no finding has; None for one that has."""
+    if kind in known_findings():
+        return None
+    near = difflib.get_close_matches(kind[:80], known_findings(), n=1)
+    label = f"did you mean `{near[0]}`?" if near and where else ""
+    # Without a line to stand beside, the guess is the fix.
+    fix = f"did you mean {near[0]}?" if near and not where else "known are " + ", ".join(known_findings())
+    return Problem("unknown-finding", f"there is no finding `{kind}`", where, label, fix=fix)

@@ -15,7 +15,6 @@ from ftune.data.answers import is_learned
 from ftune.data.parts import Encoding, Worked
 from ftune.data.tokenize import Encoded
 from ftune.errors import Place
-from ftune.findings import ROW_FINDINGS, SET_FINDINGS
 from ftune.plugin import Finding
 
 MOST_EXAMPLES = 3
@@ -233,6 +232,3 @@ def _is_broken(text: str) -> bool:
     from ftfy.badness import is_bad
 
     return is_bad(text) and fix_encoding(text) != text
-
-
-__all__ = ["ROW_FINDINGS", "SET_FINDINGS", "Audit", "Example", "Found", "RowChecks", "example_of", "shortened"]

@@ -47,7 +47,7 @@ class Collator:
             ids: _stacked([row[ids] for row in rows], longest, self.pad_token_id),
             labels: _stacked([row[labels] for row in rows], longest, IGNORED),
         }
-        if self.by_source:
+        if self.by_source and not view:
             batch[SOURCE] = _stacked([_spread(row, ids) for row in rows], longest, 0)
         if "position_ids" in rows[0]:
             # No attention mask: an all-ones one would silently bring back attention between the packed rows, since

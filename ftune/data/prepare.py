@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from ftune.data import cache as store
 from ftune.data import tokens
-from ftune.data.audit import ROW_FINDINGS, Audit, Found
+from ftune.data.audit import Audit, Found
 from ftune.data.detect import choose_format
 from ftune.data.duplicates import Copies
 from ftune.data.faults import MOST_PROBLEMS, Faults
@@ -27,6 +27,7 @@ from ftune.data.template import use_template_file
 from ftune.data.tokenize import require_fast
 from ftune.data.workers import outcomes
 from ftune.errors import DataError, Place, Problem
+from ftune.findings import ROW_FINDINGS
 from ftune.plugin import PlainText, Turn
 from ftune.recipe.schema import Data, Source, listed
 
@@ -143,16 +144,15 @@ def prepare(
     first_rows: tuple[Stored, ...] = ()
     train: Any
     if data.streaming:
+        most = data.max_train_samples
+        parts = [replace(each.part, most=most) for each in readings["train"]]
         # Not cached: its name would be a digest of files that are too large to be read before the run.
         first_rows = tuple(
-            _stored(replace(each.part, most=LOOKED_AT), each.encoding, None, data) for each in readings["train"]
+            _stored(replace(part, most=min(most or LOOKED_AT, LOOKED_AT)), each.encoding, None, data)
+            for part, each in zip(parts, readings["train"], strict=True)
         )
-        most = data.max_train_samples
-        train = stream(
-            [(each.source.weight, replace(each.part, most=most), each.encoding) for each in readings["train"]],
-            data,
-            seed,
-        )
+        streamed = zip(parts, readings["train"], strict=True)
+        train = stream([(each.source.weight, part, each.encoding) for part, each in streamed], data, seed)
     else:
         train = _sequences(kept["train"], [each.source for each in readings["train"]], data, seed)
     seen = {"train": first_rows, **kept} if first_rows else kept
@@ -216,16 +216,12 @@ def _tokenised(readings: Sequence[Reading], cache: Path | None, data: Data, *, m
             return
         stored = _stored(replace(each.part, most=left), each.encoding, cache, data)
         yield stored
-        if left is not None and not _weighted(each.source for each in readings) and data.mixing_temperature is None:
+        if left is not None and not data.is_mixed:
             left = max(0, left - stored.audit.rows - stored.audit.left_out)
 
 
-def _weighted(sources: Iterable[Source]) -> bool:
-    return any(source.weight is not None for source in sources)
-
-
 def _stored(part: Part, encoding: Encoding, cache: Path | None, data: Data) -> Stored:
-    views = tuple(f"{view}_" if view else "" for view in encoding.format.views)
+    views = encoding.format.views
     key, known = _key(part, encoding) if cache else ("", False)
     # Ranks wait here, on a file, and not in a process group, whose watchdog would end a run that tokenises for long.
     with FileLock(cache / f"{key}.lock") if cache and known else contextlib.nullcontext():

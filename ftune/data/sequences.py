@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ftune.data.mixing import Mix
 from ftune.data.pack import Groups, packed
-from ftune.data.tokens import TokenFile, TokenRow
+from ftune.data.tokens import TokenFile, TokenRow, column
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Sequences(Dataset):  # type: ignore[misc]
     names: tuple[str, ...]
     """What the sources are called in the metrics."""
     mix: Mix
-    views: tuple[str, ...] = ("",)
-    groups: Groups | None = None
+    views: tuple[str, ...]
+    groups: Groups | None
     """Which rows of the mix share a sequence; None where each stands alone."""
-    lengths: numpy.ndarray = field(default_factory=lambda: numpy.zeros(0, dtype=numpy.int32))
+    lengths: numpy.ndarray
     """Tokens of each item, int32."""
 
     def __len__(self) -> int:
@@ -47,8 +47,11 @@ class Sequences(Dataset):  # type: ignore[misc]
     def _row(self, at: int) -> dict[str, Any]:
         columns: dict[str, Any] = {"source": int(self.mix.sources[at])}
         for view in self.views:
-            text, prefix = self.tokens(at, view), f"{view}_" if view else ""
-            columns |= {f"{prefix}input_ids": text.input_ids.astype(numpy.int64), f"{prefix}labels": text.labels}
+            text = self.tokens(at, view)
+            columns |= {
+                column(view, "input_ids"): text.input_ids.astype(numpy.int64),
+                column(view, "labels"): text.labels,
+            }
         return columns
 
     @property

@@ -17,7 +17,6 @@ from ftune.data.rows import Row
 from ftune.data.sequences import joined
 from ftune.data.tokens import TokenRow, spans_of
 from ftune.data.workers import BATCH
-from ftune.errors import DataError, Place, Problem
 from ftune.recipe.schema import Data
 
 _PACK = 1024
@@ -28,10 +27,7 @@ Streamed = tuple[float | None, Part, Encoding]
 
 
 def stream(sources: Sequence[Streamed], data: Data, seed: int) -> datasets.IterableDataset:
-    """Return the rows as an endless stream; what is wrong with the first ones is raised now."""
-    for _, part, encoding in sources:
-        if next(_rows_of(part, encoding), None) is None:
-            raise DataError(_nothing_to_learn(part))
+    """Return the rows as an endless stream; the first of each source must have been looked at."""
     weights = weights_of([weight for weight, _, _ in sources], [1] * len(sources), None)
     settings = {"sources": tuple(sources), "weights": weights, "packing": data.packing, "seed": seed}
     columns = ("input_ids", "labels", *(("position_ids",) if data.packing else ()))
@@ -40,12 +36,6 @@ def stream(sources: Sequence[Streamed], data: Data, seed: int) -> datasets.Itera
     features["source"] = datasets.Sequence(one) if data.packing else one
     rows = datasets.IterableDataset.from_generator(_stream, features=datasets.Features(features), gen_kwargs=settings)
     return rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer_size)
-
-
-def _nothing_to_learn(part: Part) -> Problem:
-    what = "nothing to learn from: no row has a token that counts in the loss"
-    fix = "look at the roles in the file, and at data.max_length"
-    return Problem("nothing-to-learn", what, Place(part.source), fix=fix)
 
 
 def _stream(
@@ -63,16 +53,16 @@ def _stream(
 def _mixed(sources: tuple[Streamed, ...], weights: list[float] | None, seed: int) -> Iterator[tuple[TokenRow, int]]:
     # Pass after pass in one stream: a resumed run then skips what was seen, whichever pass it was in.
     if weights is None:
-        for _ in itertools.repeat(None):
+        while True:
             for number, (_, part, encoding) in enumerate(sources):
                 yield from ((row, number) for row in _rows_of(part, encoding))
     endless = [_again_and_again(part, encoding) for _, part, encoding in sources]
-    for number in drawn_forever(weights or [1.0], seed):
+    for number in drawn_forever(weights, seed):
         yield next(endless[number]), number
 
 
 def _again_and_again(part: Part, encoding: Encoding) -> Iterator[TokenRow]:
-    for _ in itertools.repeat(None):
+    while True:
         yield from _rows_of(part, encoding)
 
 

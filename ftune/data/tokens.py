@@ -1,7 +1,7 @@
 """Tokenised rows on the disk: an Arrow file read in place, so that a million rows cost no memory of their own.
 
-Learned tokens are kept as spans, not as labels, and ids in 16 bits where the vocabulary allows: a fifth of the bytes
-that 32-bit ids and labels would take.
+Learned tokens are kept as spans, not as labels, and ids in 16 bits where the vocabulary allows: little more than a
+quarter of the bytes that 32-bit ids and labels would take.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class TokenFile:
         batch = int(numpy.searchsorted(self._starts, at, side="right")) - 1
         inside, columns = at - int(self._starts[batch]), self._columns[batch]
         found = []
-        for name in (f"{view}input_ids", f"{view}spans"):
+        for name in (column(view, "input_ids"), column(view, "spans")):
             offsets, values = columns[name]
             found.append(values[offsets[inside] : offsets[inside + 1]])
         return TokenRow(found[0], found[1].reshape(-1, 2))
@@ -93,7 +93,7 @@ class TokenFile:
         borders = numpy.searchsorted(rows, self._starts)
         for batch, columns in enumerate(self._columns):
             start, end = borders[batch], borders[batch + 1]
-            offsets, values = columns[f"{self.views[0]}input_ids"]
+            offsets, values = columns[column(self.views[0], "input_ids")]
             inside = rows[start:end] - self._starts[batch]
             at = offsets[inside].astype(numpy.int64) + place
             there = at < offsets[inside + 1]
@@ -111,25 +111,28 @@ class TokenFile:
         """Return the tokens of each row, of its longest text where it has several; int32."""
         if not self._columns:
             return numpy.zeros(0, dtype=numpy.int32)
-        names = [f"{view}input_ids" for view in self.views]
+        names = [column(view, "input_ids") for view in self.views]
         longest = [numpy.max([numpy.diff(columns[name][0]) for name in names], axis=0) for columns in self._columns]
         return numpy.concatenate(longest).astype(numpy.int32)
 
     def largest_id(self) -> int:
         """Return the largest token id in any row, -1 where there are no tokens."""
-        return max(
-            (int(columns[f"{view}input_ids"][1].max(initial=0)) for columns in self._columns for view in self.views),
-            default=-1,
-        )
+        names = [column(view, "input_ids") for view in self.views]
+        return max((int(columns[name][1].max(initial=0)) for columns in self._columns for name in names), default=-1)
+
+
+def column(view: str, name: str) -> str:
+    """Return what a column of a view is called: `chosen_input_ids`; of an unnamed view just `input_ids`."""
+    return f"{view}_{name}" if view else name
 
 
 def _list_names(views: Iterable[str]) -> list[str]:
-    return [f"{view}{column}" for view in views for column in ("input_ids", "spans")]
+    return [column(view, name) for view in views for name in ("input_ids", "spans")]
 
 
 def _list_column(batch: pyarrow.RecordBatch, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-    column = batch.column(name)
-    return column.offsets.to_numpy(), column.values.to_numpy()
+    lists = batch.column(name)
+    return lists.offsets.to_numpy(), lists.values.to_numpy()
 
 
 def id_type(tokenizer: Any) -> numpy.dtype[Any]:

@@ -15,7 +15,7 @@ from ftune.data.overview import copied_rows, set_findings
 from ftune.data.parts import Worked
 from ftune.data.prepare import Prepared, Reading, prepare, readings_of
 from ftune.errors import DataError, Problem, RecipeError
-from ftune.findings import SET_FINDINGS, known_findings
+from ftune.findings import SET_FINDINGS, unknown_finding
 from ftune.models.cache import cache_directory
 from ftune.models.load import load_tokenizer
 from ftune.preview.audit import audit_of
@@ -121,9 +121,9 @@ class Look:
 
     def packed(self) -> list[PackedSequence]:
         """Return the first sequences that packing makes of the rows."""
-        return packed_sequences(
-            self.prepared.seen.get(self.wanted.part, ()), self.recipe, self.tokenizer, self.wanted.rows
-        )
+        rows = self.prepared.train if self.wanted.part == "train" else self.prepared.eval
+        stored = self.prepared.seen.get(self.wanted.part, ())
+        return packed_sequences(stored, rows, self.recipe, self.tokenizer, self.wanted.rows)
 
     def _having(self, reading: Reading, kind: str | None) -> Iterator[ShownRow]:
         return (row for row in self._each(reading) if kind is None or kind in row.problems)
@@ -142,8 +142,8 @@ class Look:
 
 def look(recipe: Recipe, wanted: Wanted) -> Look:
     """Return the rows of a decided recipe to look at; RecipeError for what it does not have."""
-    if wanted.problem is not None and wanted.problem not in known_findings():
-        raise RecipeError(_unknown(wanted.problem))
+    if wanted.problem is not None and (problem := unknown_finding(wanted.problem)) is not None:
+        raise RecipeError(problem)
     if wanted.part == "eval" and recipe.data.eval is None:
         what = "there are no evaluation rows to show"
         raise RecipeError(Problem("no-eval", what, fix="set data.eval, or leave out --part eval"))
@@ -151,11 +151,3 @@ def look(recipe: Recipe, wanted: Wanted) -> Look:
     learns = plugin.objective(recipe.objective.method).formats
     readings = readings_of(recipe.data, tokenizer=tokenizer, seed=recipe.training.seed, learns=learns)
     return Look(recipe, wanted, tokenizer, readings[wanted.part])
-
-
-def _unknown(kind: str) -> Problem:
-    import difflib
-
-    near = difflib.get_close_matches(kind, known_findings(), n=1)
-    fix = f"did you mean {near[0]}?" if near else "known are " + ", ".join(known_findings())
-    return Problem("unknown-finding", f"there is no finding `{kind}`", fix=fix)

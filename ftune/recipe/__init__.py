@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
-from ftune.findings import known_findings
+from ftune.findings import unknown_finding
 from ftune.options import Options
 from ftune.recipe import mapping
 from ftune.recipe import overrides as overriding
@@ -164,12 +164,9 @@ class _Validator:
         data = self.source.data.get("data")
         ignored = data.get("audit_ignore") if isinstance(data, dict) else None
         for number, kind in enumerate(ignored if isinstance(ignored, list) else []):
-            if isinstance(kind, str) and kind not in known_findings():
-                near = wording.nearest(kind, known_findings())
-                label = f"did you mean `{near[0]}`?" if near else ""
-                what, where = f"there is no finding {wording.shown(kind)}", ("data", "audit_ignore", number)
-                fix = "known: " + ", ".join(known_findings())
-                self.problems.append(Problem("unknown-finding", what, self.source.value(where), label, fix=fix))
+            where = self.source.value(("data", "audit_ignore", number))
+            if isinstance(kind, str) and (problem := unknown_finding(kind, where)) is not None:
+                self.problems.append(problem)
 
     def model(self, model: type[Options] | None, given: dict[str, Any], path: KeyPath, owner: str) -> Any:
         assert model is not None

@@ -114,6 +114,16 @@ class Data(Options):
     shuffle_buffer_size: Integer = Field(default=10_000, ge=1)
     """How many streamed rows are held to draw the next one from."""
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether training sources have weights."""
+        return any(source.weight is not None for source in listed(self.train))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether training rows are drawn in shares, and not each once."""
+        return self.is_weighted or self.mixing_temperature is not None
+
 
 class Training(Options):
     """How each step is made."""

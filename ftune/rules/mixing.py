@@ -9,14 +9,6 @@ _MIX = {"data": {"train": [{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl",
 _TWO = ["a.jsonl", "b.jsonl"]
 
 
-def _weighted(facts: Facts) -> bool:
-    return any(source.weight is not None for source in listed(facts.recipe.data.train))
-
-
-def _mixed(facts: Facts) -> bool:
-    return _weighted(facts) or facts.recipe.data.mixing_temperature is not None
-
-
 def _planned(facts: Facts) -> bool:
     return facts.recipe.training.group_by_length or facts.recipe.training.max_tokens_per_batch is not None
 
@@ -25,7 +17,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="weights-or-temperature",
         at="data.mixing_temperature",
-        when=lambda f: _weighted(f) and f.recipe.data.mixing_temperature is not None,
+        when=lambda f: f.recipe.data.is_weighted and f.recipe.data.mixing_temperature is not None,
         what="sources cannot be mixed by weights and by a temperature at once",
         because="each says how many rows of a source are drawn",
         instead="remove mixing_temperature, or the weights",
@@ -36,7 +28,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="mixing-needs-sources",
         at="data.mixing_temperature",
-        when=lambda f: _mixed(f) and len(listed(f.recipe.data.train)) < 2,
+        when=lambda f: f.recipe.data.is_mixed and len(listed(f.recipe.data.train)) < 2,
         what="there is nothing to mix",
         because="data.train names one source",
         instead="name several sources, or remove mixing_temperature and the weight",
@@ -47,7 +39,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="mixing-stop-unused",
         at="data.mixing_stop",
-        when=lambda f: "data.mixing_stop" in f.given and (not _mixed(f) or f.recipe.data.streaming),
+        when=lambda f: "data.mixing_stop" in f.given and (not f.recipe.data.is_mixed or f.recipe.data.streaming),
         what="mixing_stop would be ignored",
         because="without weights each row is seen once; a stream has no end",
         instead="remove mixing_stop, or give the sources of rows on the disk weights",

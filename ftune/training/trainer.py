@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Return batches of like or bounded length where the recipe asks for them, else the Trainer's random ones."""
-        if (planned := self._planned_batches()) is None:
+        if (planned := self.planned_batches) is None:
             return super().get_train_dataloader()
         loader = DataLoader(
             self.train_dataset,
@@ -83,7 +84,9 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         # As for one process: these batches are this rank's already.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def _planned_batches(self) -> PlannedBatches | None:
+    @cached_property
+    def planned_batches(self) -> PlannedBatches | None:
+        """This rank's batches where rows are grouped by length; None where chance draws them."""
         training, rows = self.recipe.training, self.train_dataset
         if not isinstance(rows, Sequences) or not (training.group_by_length or training.max_tokens_per_batch):
             return None
@@ -361,7 +364,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         """Return how many optimizer steps the run will take."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
-        if (planned := self._planned_batches()) is not None:
+        if (planned := self.planned_batches) is not None:
             batches = len(planned)
         else:
             rows = len(self.train_dataset)

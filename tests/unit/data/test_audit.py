@@ -16,7 +16,7 @@ import template_families
 
 from ftune import plugin
 from ftune.data import duplicates, overview, tokens
-from ftune.data.audit import ROW_FINDINGS, Audit, RowChecks
+from ftune.data.audit import Audit, RowChecks
 from ftune.data.faults import Faults
 from ftune.data.lengths import length_summary, padding
 from ftune.data.parts import Encoding, Part
@@ -24,7 +24,7 @@ from ftune.data.prepare import LOOKED_AT, prepare
 from ftune.data.rows import Row
 from ftune.data.workers import outcomes
 from ftune.errors import DataError
-from ftune.findings import SET_FINDINGS, known_findings
+from ftune.findings import ROW_FINDINGS, SET_FINDINGS, known_findings
 from ftune.recipe.schema import Data, Training
 
 SHIPPED = Path(__file__).parents[3] / "recipes" / "data"

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,3 +337,34 @@ def test_the_first_rows_of_a_mix_are_a_mix(tokenizer: Any, write_rows: Any) -> N
 def test_a_stream_goes_round_its_first_rows(tokenizer: Any, write_rows: Any) -> None:
     made = prepared(tokenizer, train=write_rows(ROWS), streaming=True, max_train_samples=5, shuffle_buffer_size=2).train
     assert set(answers(tokenizer, itertools.islice(made, 40))) == set(EXPECTED[:5])
+
+
+def test_only_the_rows_that_a_stream_takes_are_looked_at(tokenizer: Any, write_rows: Any) -> None:
+    path = write_rows([*ROWS[:5], {"mesages": []}])
+    made = prepared(tokenizer, train=path, streaming=True, max_train_samples=5)
+    assert made.first_rows[0].audit.rows == 5
+
+
+def test_packing_is_shown_as_it_will_be_trained(tokenizer: Any, write_rows: Any) -> None:
+    from ftune.preview.packing import packed_sequences
+
+    sources = [
+        {"path": write_rows(ROWS[:6], "a.jsonl"), "weight": 1},
+        {"path": write_rows(ROWS[6:30], "b.jsonl"), "weight": 1},
+    ]
+    data = Data(train=sources, packing=True, max_length=128)
+    made = prepare(data, tokenizer=tokenizer, seed=1, cache=None)
+    recipe = SimpleNamespace(data=data)
+    shown = packed_sequences(made.stored["train"], made.train, recipe, tokenizer, len(made.train))  # type: ignore[arg-type]
+    ids = [[token.id for row in one.rows for token in row.texts[0].tokens] for one in shown]
+    assert ids == [row["input_ids"].tolist() for row in made.train]
+
+
+def test_a_row_of_two_texts_is_drawn_whole(tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
+    path = write_rows([{"prompt": "the cat", "chosen": " sat", "rejected": " ran off"}])
+    for cache in (tmp_path / "cache", None):
+        learns = frozenset({"preference"})
+        made = prepare(Data(train=path), tokenizer=tokenizer, seed=1, cache=cache, learns=learns)
+        (row,) = list(made.train)
+        learned = [[label for label in row[f"{view}_labels"] if label != -100] for view in ("chosen", "rejected")]
+        assert [tokenizer.decode(labels) for labels in learned] == [" sat</s>", " ran off</s>"]

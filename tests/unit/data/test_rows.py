@@ -15,8 +15,10 @@ import pyarrow.parquet
 import pytest
 
 from ftune.data.faults import Faults
+from ftune.data.readers import READERS
 from ftune.data.rows import read_rows
 from ftune.errors import DataError, Problem
+from ftune.places import DATA_ENDINGS
 
 ROWS = [{"text": 'one, "two"'}, {"text": "zwei\nLinien"}, {"text": "trois é\u2028"}]
 
@@ -256,3 +258,7 @@ def test_utf_16_is_named(encoding: str, ending: str, tmp_path: Path) -> None:
     path.write_text('{"text": "one"}\n{"text": "two"}\n', encoding=encoding)
     with pytest.raises(DataError, match="-f UTF-16"):
         list(read_rows(str(path)))
+
+
+def test_what_check_takes_for_a_data_file_is_what_can_be_read() -> None:
+    assert set(DATA_ENDINGS) == set(READERS)

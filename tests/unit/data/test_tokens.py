@@ -52,9 +52,9 @@ def test_rows_come_back(stored: bool, kind: type, tmp_path: Path, monkeypatch: p
 
 def test_views_are_kept_apart(tmp_path: Path) -> None:
     one, other = TokenRow(numpy.array([1, 2]), numpy.array([[1, 2]])), TokenRow(numpy.array([3]), numpy.zeros((0, 2)))
-    file = tokens.write(tmp_path, "key", ("chosen_", "rejected_"), numpy.uint16, [Kept(0, 1, (one, other))])
-    assert file.row(0, "chosen_").labels.tolist() == [-100, 2]
-    assert file.row(0, "rejected_").input_ids.tolist() == [3]
+    file = tokens.write(tmp_path, "key", ("chosen", "rejected"), numpy.uint16, [Kept(0, 1, (one, other))])
+    assert file.row(0, "chosen").labels.tolist() == [-100, 2]
+    assert file.row(0, "rejected").input_ids.tolist() == [3]
     assert file.lengths().tolist() == [2], "of the longer one"
 
 
