@@ -46,7 +46,7 @@ def preview(
     from ftune.resolve import examine, raise_errors, resolve
 
     machine = probe()
-    loaded, problems = examine(recipe, override or (), machine)
+    loaded, problems = examine(recipe, override or (), machine, trains=False)
     raise_errors(problems)
     assert loaded is not None
     console.print_problems(problems, stream=sys.stderr)

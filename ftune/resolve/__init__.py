@@ -25,23 +25,30 @@ _SEVERITIES = ("error", "warning", "note")
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
-def findings(loaded: Loaded, machine: Machine | None) -> list[Problem]:
-    """Return every problem that can be known without loading the model, errors first, each kind in file order."""
-    found = check(loaded, machine) + files.problems(loaded.source) + output.problems(loaded.source)
+def findings(loaded: Loaded, machine: Machine | None, *, trains: bool = True) -> list[Problem]:
+    """Return every problem that can be known without loading the model, errors first, each kind in file order.
+
+    Where nobody is going to train, the run directory need not be free.
+    """
+    found = check(loaded, machine) + _file_problems(loaded.source, trains=trains)
     return sorted(found, key=lambda problem: (_SEVERITIES.index(problem.severity), *order(problem, loaded.source)))
 
 
 def examine(
-    recipe: str | Path | Mapping[str, Any], changes: Sequence[str], machine: Machine | None
+    recipe: str | Path | Mapping[str, Any], changes: Sequence[str], machine: Machine | None, *, trains: bool = True
 ) -> tuple[Loaded | None, list[Problem]]:
     """Return the recipe, if it is one, and every problem: those of its shape together with those of its files."""
     written = read(recipe, changes)
     try:
         loaded = validate(written, changes)
     except RecipeError as error:
-        found = [*error.problems, *files.problems(written), *output.problems(written)]
+        found = [*error.problems, *_file_problems(written, trains=trains)]
         return None, sorted(found, key=lambda problem: order(problem, written))
-    return loaded, findings(loaded, machine)
+    return loaded, findings(loaded, machine, trains=trains)
+
+
+def _file_problems(written: source.Source, *, trains: bool) -> list[Problem]:
+    return files.problems(written) + (output.problems(written) if trains else [])
 
 
 def check_later(spec: RunSpec, key: str, value: Any, say: Callable[[str], None]) -> None:

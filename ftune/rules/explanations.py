@@ -216,4 +216,6 @@ def flow(value: object) -> str:
     """Return an example on one line, as YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(flow(item) for item in value) + "]"
     return written(value)

@@ -12,7 +12,7 @@ from ftune.errors import Severity
 from ftune.machine import Machine
 from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder
 from ftune.recipe.schedules import steps_of_decay
-from ftune.recipe.schema import Recipe
+from ftune.recipe.schema import Recipe, listed
 from ftune.rules.attention import FLASH, Flash
 
 
@@ -64,8 +64,7 @@ class Facts:
 
     def rows_are_on_a_hub(self, key: str) -> bool:
         """Return whether `data.train` or `data.eval` names a data set of a hub, where there are splits."""
-        value = getattr(self.recipe.data, key)
-        names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        names = [source.path for source in listed(getattr(self.recipe.data, key))]
         return any(not meant_as_data_file(name) and locate(name, self.beside) is None for name in names)
 
     @property

@@ -248,6 +248,12 @@ def test_evaluation_rows(preview: Preview, home: Path) -> None:
     assert preview("--part", "eval").returncode == 2
 
 
+def test_a_run_in_the_directory_is_no_matter(preview: Preview, home: Path) -> None:
+    (home / "runs" / "x" / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    (home / "runs" / "x" / "run.json").write_text("{}")
+    assert preview("--rows", "1").returncode == 0
+
+
 def test_what_would_stop_a_run_has_its_exit_code(preview: Preview, home: Path) -> None:
     assert preview("--set", "training.sede=1").returncode == 2
     assert preview("--set", "data.train=trian.jsonl").returncode == 4

@@ -156,3 +156,9 @@ def test_a_loss_setting_that_would_do_nothing_is_told(format: str, key: str, val
     follows = {"text": "", "prompt_completion": "completion_only_loss"}.get(format, "assistant_only_loss")
     learned_alone = format != "text"
     assert bool(found) == (key != follows and value != learned_alone)
+
+
+@pytest.mark.parametrize(("path", "told"), [("rows.jsonl", True), ("owner/rows", False)])
+def test_splits_of_one_of_several_sources(path: str, told: bool) -> None:
+    loaded = example({"data": {"train": [{"path": path}], "train_split": "test"}})
+    assert ("train-split-unused" in [problem.rule for problem in check(loaded)]) is told
