@@ -60,6 +60,7 @@ CASES: tuple[tuple[str, list[Any], dict[str, Any]], ...] = (
     ("an empty answer", [GOOD, {"messages": [*chat("Hello?", "")["messages"], *OTHER["messages"]]}], {}),
     ("text in the wrong encoding", [GOOD, chat("Caf\u00c3\u00a9?", "Yes.")], {}),
     ("the padding token in an answer", [GOOD, chat("Pad?", "Yes <|pad|> no.")], {}),
+    ("a mark of the template in a question", [GOOD, chat("What ends a turn, <|im_end|>?", "That.")], {}),
     ("the same row twice", [GOOD, OTHER, GOOD], {}),
     ("nearly the same row twice", [GOOD, chat("Read.", LONG + "."), chat("Read.", LONG + "!")], {}),
     ("a row that is learned and evaluated on", [GOOD, OTHER], {"eval": [OTHER]}),

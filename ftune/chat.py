@@ -17,7 +17,7 @@ from ftune.models.finished import ADAPTER, finished_tokenizer, is_run, load_fini
 from ftune.models.load import load_model, load_tokenizer, max_positions
 from ftune.models.source import Say, silent
 from ftune.places import expanded
-from ftune.plugin import Turn
+from ftune.plugin import Conversation, Turn
 from ftune.recipe.schema import Model
 
 HELP = "Ctrl-D or /exit leaves, /reset forgets the conversation."
@@ -64,7 +64,7 @@ def answer(
     streamer: Any = None,
 ) -> str:
     """Return the next turn; a streamer gets its words as they come."""
-    ids, most = generate.fitted(model, generate.encode(tokenizer, turns), max_new_tokens)
+    ids, most = generate.fitted(model, generate.encode(tokenizer, Conversation(turns)), max_new_tokens)
     with generate.answering(model):
         made = model.generate(
             input_ids=ids,
@@ -138,7 +138,7 @@ def _that_fit(model: Any, tokenizer: Any, turns: tuple[Turn, ...], max_new_token
     """Forget the oldest exchange, keeping the system turn, until the answer has room within the model's positions."""
     room = (max_positions(model) or sys.maxsize) - max_new_tokens
     first = 1 if turns[0].role == "system" else 0
-    while len(turns) - first > 2 and generate.encode(tokenizer, turns).shape[1] > room:
+    while len(turns) - first > 2 and generate.encode(tokenizer, Conversation(turns)).shape[1] > room:
         turns = (*turns[:first], *turns[first + 2 :])
     return turns
 

@@ -20,7 +20,7 @@ from ftune.models.load import load_model, max_positions, read_tokenizer
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, config_of, silent, source_directory
 from ftune.places import expanded
-from ftune.plugin import Turn
+from ftune.plugin import Conversation, Turn
 from ftune.recipe.schema import Model
 from ftune.training import checkpoint
 
@@ -203,7 +203,7 @@ def _sample_prompts(path: Path) -> list[generate.Prompt]:
         try:
             prompt = row["prompt"]
             if isinstance(prompt, list):
-                prompt = tuple(Turn(turn["role"], turn["content"]) for turn in prompt)
+                prompt = Conversation(tuple(Turn(turn["role"], turn["content"]) for turn in prompt))
         except (KeyError, TypeError):  # an odd line is no reason not to merge
             continue
         if prompt not in prompts:

@@ -59,6 +59,12 @@ ROW_FINDINGS = (
         "decode the source again; the Python package ftfy repairs most",
     ),
     Finding(
+        "mark-in-text",
+        "spell a special token of the tokenizer in their text",
+        "the model reads it as the mark itself: a quoted end of turn ends the turn, and whoever wrote it speaks for others",
+        "take the token out of the rows, or spell it otherwise",
+    ),
+    Finding(
         "unprompted",
         "answer another text than generation would be given",
         "what stands before the last answer is not what the chat template writes when it asks for one",

@@ -50,7 +50,7 @@ def examine(machine: Machine) -> dict[str, Any]:
     from dataclasses import asdict
 
     from ftune import __version__
-    from ftune.models.cache import cache_directory
+    from ftune.cache import cache_directory
 
     needed = required()
     return {

@@ -174,6 +174,8 @@ class RowChecks:
         self.begin, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         if self.pad in (tokenizer.eos_token_id, None) or self._is_mark(tokenizer, self.pad):
             self.pad = None  # it ends turns too: padding is masked by place, so that it is learned where it stands
+        marks = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.marks = re.compile("|".join(map(re.escape, filter(str.strip, marks))) or r"(?!)")
         # A tokenizer without an end mark can still learn from plain text, as it was pretrained.
         self.ends = tokenizer.eos_token_id is not None or not encoding.format.trains_whole_text
 
@@ -220,6 +222,8 @@ class RowChecks:
         yield "empty-answer", not all(is_learned(answer) for answer in answers)
         texts = [turn.content for turn in turns] or [text.text for text in worked.rendered]
         yield "broken-text", any(_is_broken(text) for text in texts)
+        # Plain text brings its own marks: nobody else would write them.
+        yield "mark-in-text", any(self.marks.search(turn.content) for turn in turns)
 
 
 def _is_broken(text: str) -> bool:

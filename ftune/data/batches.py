@@ -60,9 +60,14 @@ def _in_step(batches: list[numpy.ndarray], ranks: int) -> list[numpy.ndarray]:
 class PlannedBatches(Sampler[list[int]]):
     """One rank's batches; their order changes with the epoch, their number never."""
 
-    def __init__(self, batches: list[numpy.ndarray], *, rank: int, ranks: int, seed: int) -> None:
+    def __init__(
+        self, batches: list[numpy.ndarray], lengths: numpy.ndarray, *, rank: int, ranks: int, seed: int
+    ) -> None:
         self.batches, self.rank, self.ranks, self.seed = batches, rank, ranks, seed
         self.epoch = 0
+        places = [len(batch) * int(lengths[batch].max()) for batch in batches]
+        self._largest = places.index(max(places)) // ranks if places else 0
+        """The step that takes the most memory."""
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -73,6 +78,10 @@ class PlannedBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # Ranks step together: neighbours in the list are alike in length, and share a step.
         steps = numpy.random.default_rng([self.seed, self.epoch]).permutation(len(self))
+        if self.epoch == 0 and len(steps):
+            # What does not fit into memory is then known at the first step, and not in the tenth hour.
+            at = int(numpy.flatnonzero(steps == self._largest)[0])
+            steps[[0, at]] = steps[[at, 0]]
         for step in steps:
             yield self.batches[int(step) * self.ranks + self.rank].tolist()
 

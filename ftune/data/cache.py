@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ftune.cache import content_hash
 from ftune.data.rows import files_of, is_local
-from ftune.digest import sha256_of
 
 LAYOUT = 3
 """Raised whenever the same rows would come out as other tokens or columns; older files are then made anew."""
@@ -35,7 +35,7 @@ def source_fingerprint(source: str, split: str) -> str | None:
     digest = hashlib.sha256()
     for path in files_of(source):
         # The ending decides how the bytes are read.
-        digest.update(f"{path.suffixes[-2:]} {path.stat().st_size} {sha256_of(path)}\n".encode())
+        digest.update(f"{path.suffixes[-2:]} {path.stat().st_size} {content_hash(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from ftune.data.batches import batches_of, padding_share, random_batches
 from ftune.data.pack import packed
 from ftune.recipe.schema import Data, Training
+
+if TYPE_CHECKING:
+    from ftune.data.prepare import Stored
 
 _BINS = 24
 _MOST = 100_000
@@ -30,6 +34,13 @@ def length_summary(lengths: numpy.ndarray) -> dict[str, Any]:
     values = {f"p{share}": int(numpy.percentile(lengths, share, method="inverted_cdf")) for share in _SHARES}
     about = {"shortest": shortest, "mean": round(float(lengths.mean()), 1), **values, "longest": longest}
     return {**about, "edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def padding_of(stored: Sequence[Stored], data: Data, training: Training) -> dict[str, float]:
+    """Return `padding` of the rows of all training sources; rows of several texts are not packed."""
+    lengths = numpy.concatenate([each.file.lengths() for each in stored])
+    packs = all(len(each.encoding.format.views) == 1 for each in stored)
+    return padding(lengths, data, training, packs=packs)
 
 
 def padding(lengths: numpy.ndarray, data: Data, training: Training, *, packs: bool) -> dict[str, float]:

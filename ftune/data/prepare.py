@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from ftune import rundir
 from ftune.data import cache as store
 from ftune.data import tokens
 from ftune.data.audit import Audit, Found
@@ -28,10 +29,10 @@ from ftune.data.tokenize import require_fast
 from ftune.data.workers import outcomes
 from ftune.errors import DataError, Place, Problem
 from ftune.findings import ROW_FINDINGS
-from ftune.plugin import PlainText, Turn
+from ftune.plugin import Conversation, PlainText
 from ftune.recipe.schema import Data, Source, listed
 
-Prompt = tuple[Turn, ...] | PlainText
+Prompt = Conversation | PlainText
 
 LOOKED_AT = 2000
 """So many rows of each streamed source are audited before the run."""
@@ -91,8 +92,13 @@ class Prepared:
     """Rows of each part that are there more than once."""
     fatal: tuple[Problem, ...] = ()
     """What would have stopped a run; only where somebody wanted to see it all the same."""
-    sources: int = 1
-    """How many there are, of training or evaluation rows: with several, the loss of each is told."""
+    names: tuple[str, ...] = ()
+    """What the sources of training rows are called in the metrics."""
+
+    @property
+    def has_several_sources(self) -> bool:
+        """Whether training or evaluation rows come from several: the loss of each is told then."""
+        return max(len(self.names), len(self.eval.names) if self.eval else 0) > 1
 
     @property
     def seen(self) -> dict[str, tuple[Stored, ...]]:
@@ -106,13 +112,13 @@ class Prepared:
 
 
 def readings_of(
-    data: Data, *, tokenizer: Any, seed: int, learns: frozenset[str] | None = None
+    data: Data, *, tokenizer: Any, seed: int, cache: Path | None, learns: frozenset[str] | None = None
 ) -> dict[str, tuple[Reading, ...]]:
     """Return the sources of `train` and of `eval`; the tokenizer is given the recipe's chat template."""
     require_fast(tokenizer)
     if data.chat_template:
         use_template_file(tokenizer, data.chat_template)
-    train_parts = _train_parts(data, seed)
+    train_parts = _train_parts(data, seed, cache)
     parts = {"train": train_parts, "eval": _eval_parts(data, train_parts)}
     return {
         name: tuple(Reading(source, part, _encoding(data, source, part, tokenizer, learns)) for source, part in found)
@@ -134,8 +140,8 @@ def prepare(
     With `data.chat_template` the tokenizer is given that template. `learns` names the formats that the objective learns
     from; without it, those of any objective. Not `strict`, it returns what would stop a run beside the data.
     """
-    readings = readings_of(data, tokenizer=tokenizer, seed=seed, learns=learns)
     cache = store.writable(cache)
+    readings = readings_of(data, tokenizer=tokenizer, seed=seed, cache=cache, learns=learns)
     kept: dict[str, tuple[Stored, ...]] = {}
     for name, found in readings.items():
         if found and not (data.streaming and name == "train"):
@@ -170,16 +176,16 @@ def prepare(
         first_rows,
         copies,
         tuple(fatal),
-        max(len(found) for found in readings.values()),
+        tuple(names_of([each.part for each in readings["train"]])),
     )
 
 
-def _train_parts(data: Data, seed: int) -> list[tuple[Source, Part]]:
+def _train_parts(data: Data, seed: int, cache: Path | None) -> list[tuple[Source, Part]]:
     """Return each source's training rows, without those that a fraction holds out, drawn by the seed."""
     found = [(source, Part("train", source.path, data.train_split)) for source in listed(data.train)]
     if not isinstance(data.eval, float):
         return found
-    return [(source, replace(part, picked=_held_out(part, data.eval, seed))) for source, part in found]
+    return [(source, replace(part, picked=_held_out(part, data.eval, seed, cache))) for source, part in found]
 
 
 def _eval_parts(data: Data, train: list[tuple[Source, Part]]) -> list[tuple[Source, Part]]:
@@ -189,14 +195,28 @@ def _eval_parts(data: Data, train: list[tuple[Source, Part]]) -> list[tuple[Sour
     return [(source, Part("eval", source.path, data.eval_split)) for source in listed(data.eval)]
 
 
-def _held_out(part: Part, share: float, seed: int) -> frozenset[int]:
-    faults = Faults()
-    count = sum(1 for _ in part.rows(faults))
-    faults.stop()
+def _held_out(part: Part, share: float, seed: int, cache: Path | None) -> frozenset[int]:
+    count = _row_count(part, cache)
     if count < 2:
         what = f"data.eval = {share} holds out training rows, but there is only {count}"
         raise DataError(Problem("too-few-rows", what, Place(part.source), fix="add rows, or leave out data.eval"))
     return frozenset(random.Random(seed).sample(range(count), min(count - 1, max(1, round(count * share)))))
+
+
+def _row_count(part: Part, cache: Path | None) -> int:
+    """Return how many rows a source has; kept, as counting reads all of them."""
+    contents = store.source_fingerprint(part.source, part.split) if cache else None
+    path = cache / f"{store.key_of('rows', contents, part.split)}.count.json" if cache and contents else None
+    with FileLock(path.with_suffix(".lock")) if path else contextlib.nullcontext():
+        with contextlib.suppress(OSError, ValueError):
+            if path is not None:
+                return int(path.read_text(encoding="utf-8"))
+        faults = Faults()
+        count = sum(1 for _ in part.rows(faults))
+        faults.stop()
+        if path is not None:
+            rundir.write_text(path, str(count))
+        return count
 
 
 def _encoding(data: Data, source: Source, part: Part, tokenizer: Any, learns: frozenset[str] | None) -> Encoding:
@@ -276,12 +296,18 @@ def _sequences(stored: tuple[Stored, ...], sources: list[Source], data: Data, se
     if sources:
         mixed = mixed.first(data.max_train_samples)
     views = stored[0].encoding.format.views
-    return sequences(files, names_of(stored), mixed, views, capacity=data.max_length if data.packing else None)
+    return sequences(
+        files,
+        names_of([each.part for each in stored]),
+        mixed,
+        views,
+        capacity=data.max_length if data.packing else None,
+    )
 
 
-def names_of(stored: tuple[Stored, ...]) -> list[str]:
+def names_of(parts: Sequence[Part]) -> list[str]:
     """Return what each source is called in the metrics: the end of its name, as much of it as tells them apart."""
-    paths = [Path(each.part.source) for each in stored]
+    paths = [Path(part.source) for part in parts]
     for depth in range(1, 4):
         names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -333,7 +359,7 @@ def _prompts(reading: Reading) -> tuple[Prompt, ...]:
         answers = [at for at, turn in enumerate(conversation.turns) if turn.role == "assistant" and turn.trained]
         text = conversation.prompt or " ".join(conversation.completion.split()[:_OPENING_WORDS])
         if answers and answers[0]:
-            prompts.append(conversation.turns[: answers[0]])
+            prompts.append(Conversation(conversation.turns[: answers[0]], tools=conversation.tools))
         elif text:
             prompts.append(PlainText(text))
         if len(prompts) == _PROMPTS:

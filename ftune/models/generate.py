@@ -11,9 +11,9 @@ import torch
 from ftune.data.template import render
 from ftune.errors import Problem, RecipeError
 from ftune.models.load import max_positions
-from ftune.plugin import PlainText, RowError, Turn
+from ftune.plugin import Conversation, PlainText, RowError, Turn
 
-Prompt = str | tuple[Turn, ...] | PlainText
+Prompt = str | Conversation | PlainText
 """A bare text is a user's turn where the tokenizer has a template."""
 
 
@@ -41,23 +41,26 @@ def encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
     """Return token ids (1, n): a conversation through the chat template, plain text as it was trained."""
     if isinstance(prompt, PlainText) or not tokenizer.chat_template:
         text = prompt.text if isinstance(prompt, PlainText) else prompt
-        text = text if isinstance(text, str) else "\n".join(turn.content for turn in text)
+        text = text if isinstance(text, str) else "\n".join(turn.content for turn in text.turns)
         ids = tokenizer(text, add_special_tokens=True)["input_ids"]
         ids = _without_end(ids, tokenizer)
     else:
-        turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+        asked = Conversation((Turn("user", prompt),)) if isinstance(prompt, str) else prompt
         # The template writes the beginning-of-text token itself: a second one would be unlike training.
-        ids = tokenizer(_templated(tokenizer, turns), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_templated(tokenizer, asked), add_special_tokens=False)["input_ids"]
     if not ids:
         ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0]
     return torch.tensor([ids], dtype=torch.long)
 
 
-def _templated(tokenizer: Any, turns: tuple[Turn, ...]) -> str:
+def _templated(tokenizer: Any, asked: Conversation) -> str:
     try:
-        return render(tokenizer, turns, add_generation_prompt=True)
+        return render(tokenizer, asked.turns, asked.tools, add_generation_prompt=True)
     except RowError as error:
-        fix = error.fix or f"the roles are: {', '.join(turn.role for turn in turns)}; ask with those the model knows"
+        fix = (
+            error.fix
+            or f"the roles are: {', '.join(turn.role for turn in asked.turns)}; ask with those the model knows"
+        )
         raise RecipeError(Problem("template-refuses", error.what, fix=fix)) from error
 
 

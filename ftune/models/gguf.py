@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ftune.cache import cache_directory, content_hash
 from ftune.errors import MachineError, Problem, RecipeError
-from ftune.models.cache import cache_directory, content_hash
 from ftune.models.source import Say, damaged
 from ftune.rundir import whole_directory
 

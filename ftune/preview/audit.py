@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from ftune.data.lengths import length_summary, padding
+from ftune.data.lengths import length_summary, padding_of
 from ftune.data.overview import set_findings
 from ftune.data.prepare import LOOKED_AT, Prepared, Stored
 from ftune.recipe.schema import Recipe
@@ -27,7 +27,6 @@ def _part(name: str, stored: Sequence[Stored], prepared: Prepared, recipe: Recip
     copied = set_findings(prepared.seen, prepared.copies, name, ignored)
     found += [{**one.as_dict(), "source": None} for one in copied]
     lengths = numpy.concatenate([each.file.lengths() for each in stored])
-    packs = all(len(each.encoding.format.views) == 1 for each in stored)
     return {
         **{count: sum(getattr(each.audit, count) for each in stored) for count in _COUNTS},
         "longest": max(each.audit.longest for each in stored),
@@ -37,7 +36,7 @@ def _part(name: str, stored: Sequence[Stored], prepared: Prepared, recipe: Recip
         ],
         "findings": found,
         "lengths": length_summary(lengths),
-        "padding": padding(lengths, recipe.data, recipe.training, packs=packs) if name == "train" else {},
+        "padding": padding_of(stored, recipe.data, recipe.training) if name == "train" else {},
     }
 
 

@@ -9,14 +9,15 @@ from functools import cached_property
 from typing import Any
 
 from ftune import plugin
+from ftune.cache import cache_directory
 from ftune.data.audit import RowChecks
+from ftune.data.cache import writable
 from ftune.data.faults import Faults
 from ftune.data.overview import copied_rows, set_findings
 from ftune.data.parts import Worked
 from ftune.data.prepare import Prepared, Reading, prepare, readings_of
 from ftune.errors import DataError, Problem, RecipeError
 from ftune.findings import SET_FINDINGS, unknown_finding
-from ftune.models.cache import cache_directory
 from ftune.models.load import load_tokenizer
 from ftune.preview.audit import audit_of
 from ftune.preview.packing import PackedSequence, packed_sequences
@@ -149,5 +150,6 @@ def look(recipe: Recipe, wanted: Wanted) -> Look:
         raise RecipeError(Problem("no-eval", what, fix="set data.eval, or leave out --part eval"))
     tokenizer = load_tokenizer(recipe.model)
     learns = plugin.objective(recipe.objective.method).formats
-    readings = readings_of(recipe.data, tokenizer=tokenizer, seed=recipe.training.seed, learns=learns)
+    cache = writable(cache_directory() / "tokens")
+    readings = readings_of(recipe.data, tokenizer=tokenizer, seed=recipe.training.seed, cache=cache, learns=learns)
     return Look(recipe, wanted, tokenizer, readings[wanted.part])

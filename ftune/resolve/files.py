@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ftune.digest import sha256_of
+from ftune.cache import content_hash
 from ftune.errors import Place, Problem
 from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder, package_folder
 from ftune.recipe.source import KeyPath, Source
@@ -28,7 +28,7 @@ def fingerprint(names: Iterable[str]) -> dict[str, str]:
         path = Path(name)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                found[str(file)] = sha256_of(file)
+                found[str(file)] = content_hash(file)
     return found
 
 

@@ -80,6 +80,14 @@ _UNUSED = (
         good={"data": {"eval": "owner/my-data", "eval_split": "test"}},
     ),
     _unused(
+        "data.train_on_turns",
+        lambda f: not f.recipe.data.assistant_only_loss or (f.format is not None and f.format.templated is False),
+        "with assistant_only_loss: false, and in plain text, every token is learned",
+        "remove train_on_turns, or learn answers only",
+        bad={"data": {"train_on_turns": "last", "assistant_only_loss": False}},
+        good={"data": {"train_on_turns": "last"}},
+    ),
+    _unused(
         "data.max_eval_samples",
         lambda f: f.recipe.data.eval is None,
         "data.eval is not set: there are no evaluation rows",

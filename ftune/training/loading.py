@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from ftune import plugin
-from ftune.data.prepare import LOOKED_AT, Prepared, prepare
+from ftune.cache import cache_directory
+from ftune.data.lengths import NOW, length_summary, padding_of
+from ftune.data.prepare import LOOKED_AT, Prepared, Stored, prepare
 from ftune.errors import RecipeError
-from ftune.models.cache import cache_directory
 from ftune.models.load import load_model
+from ftune.recipe.schema import Recipe
 from ftune.resolve import Decision, RunSpec
 from ftune.training import directory, progress
+
+_CHEAPER = {"packing": "data.packing: true", "group_by_length": "training.group_by_length: true"}
+"""Settings that leave less padding."""
+_WORTH_SAYING = 0.1
+"""Below it the steps saved are no reason to change a recipe."""
 
 
 def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
@@ -42,15 +49,34 @@ def prompts_of(spec: RunSpec, data: Prepared) -> tuple[object, ...]:
     return data.prompts if asked is None else tuple(asked)
 
 
-def tell(data: Prepared, shown: progress.Progress) -> None:
+def tell(data: Prepared, recipe: Recipe, shown: progress.Progress) -> None:
+    """Say what the rows are, what is odd about them, and how much of a batch they leave to padding."""
     for name, sources in data.stored.items():
         for each in sources:
             counts, which = each.audit, f" {each.part.source}" if len(sources) > 1 else ""
             shown.say(
                 f"{name}{which}: {counts.rows:,} {each.encoding.format.name} rows, {counts.tokens:,} tokens, "
-                f"{counts.supervised_tokens:,} of them learned, longest {counts.longest:,}"
+                f"{counts.supervised_tokens:,} of them learned; a row has {_lengths(each)}"
             )
+    if "train" in data.stored:
+        shown.say(f"train: {_padding(data, recipe)}")
     if data.first_rows:
         shown.say(f"train: streamed; the first {LOOKED_AT:,} rows of each source were looked at")
     for warning in data.warnings:
         shown.say(warning)
+
+
+def _lengths(stored: Stored) -> str:
+    summary = length_summary(stored.file.lengths())
+    shares = ", ".join(f"{share} {summary[share]:,}" for share in ("p50", "p95", "p99"))
+    return f"{shares}, at most {stored.audit.longest:,}"
+
+
+def _padding(data: Prepared, recipe: Recipe) -> str:
+    """Return how much of a batch is padding, and the setting that leaves least where that is much less."""
+    shares = padding_of(data.stored["train"], recipe.data, recipe.training)
+    said = f"{shares[NOW]:.1%} of the places in a batch are padding"
+    best = min(_CHEAPER, key=lambda name: shares.get(name, 1.0))
+    if shares[NOW] - shares.get(best, 1.0) < _WORTH_SAYING:
+        return said
+    return f"{said}; {_CHEAPER[best]} would leave {shares[best]:.1%}"

@@ -52,7 +52,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
     spec, model = load_base(spec, shown)
     recipe = spec.recipe
     arguments = _arguments(spec, fresh=checkpoint is None)
-    tell(data, shown)
+    tell(data, recipe, shown)
     check_lengths(recipe, data, model)
     check_vocabulary(tokenizer, model, data)
     check_packing(recipe, model)
@@ -62,14 +62,16 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
 
     flatten = recipe.model.attn_implementation.startswith("flash")
     padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
-    collator = Collator(padding, flatten=flatten, by_source=data.sources > 1)
+    collator = Collator(padding, flatten=flatten, by_source=data.has_several_sources)
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
     if recipe.training.early_stopping_patience is not None:
         training = recipe.training
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
     with quiet():
-        trainer = FtuneTrainer(Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments), callbacks)
+        trainer = FtuneTrainer(
+            Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments, data.names), callbacks
+        )
     trainer.remove_callback(PrinterCallback)
     check_room(trainer)
     check_later(spec, "training.max_steps", trainer.planned_steps(), shown.say)

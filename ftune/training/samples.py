@@ -79,7 +79,7 @@ def as_data(prompt: Prompt) -> Any:
     """Return a prompt as JSON-able data: text, or its messages."""
     if isinstance(prompt, PlainText):
         return prompt.text
-    return prompt if isinstance(prompt, str) else [turn.as_message() for turn in prompt]
+    return prompt if isinstance(prompt, str) else [turn.as_message() for turn in prompt.turns]
 
 
 def _one_line(text: str, limit: int = 200) -> str:

@@ -41,6 +41,8 @@ class Parts:
     eval_rows: Any
     collator: Any
     arguments: Any
+    sources: tuple[str, ...] = ()
+    """What the sources of training rows are called."""
 
 
 class FtuneTrainer(Trainer):  # type: ignore[misc]
@@ -66,7 +68,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.loss_is_scaled_for_ga = True
-        self.meter = Meter(self.args.device, _told_apart(self.train_dataset))
+        self.meter = Meter(self.args.device, _told_apart(parts.sources))
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
@@ -93,7 +95,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         ranks = self.accelerator.num_processes
         size, most = self.args.train_batch_size, training.max_tokens_per_batch
         batches = batches_of(rows.lengths, rows=size, most_tokens=most, ranks=ranks, seed=training.seed)
-        return PlannedBatches(batches, rank=self.args.process_index, ranks=ranks, seed=training.seed)
+        return PlannedBatches(batches, rows.lengths, rank=self.args.process_index, ranks=ranks, seed=training.seed)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the recipe's optimizer over the trained weights; biases and norms are not decayed."""
@@ -204,7 +206,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         # Autocast is our own: the model has it only once `train` has prepared it, which a run at its end does not.
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        names = _told_apart(self.eval_dataset)
+        names = _told_apart(self.eval_dataset.names)
         sums = torch.zeros(3 + 2 * len(names), dtype=torch.float64, device=self.args.device)
         by_source = sums[3:].view(-1, 2) if names else None
         with torch.no_grad():
@@ -381,9 +383,8 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         return weights + int(state * sum(weight.numel() for weight in trained)), weights
 
 
-def _told_apart(rows: Any) -> tuple[str, ...]:
+def _told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the sources, where there are several."""
-    names = getattr(rows, "names", ())
     return names if len(names) > 1 else ()
 
 

@@ -231,10 +231,10 @@ def test_a_tokenizer_without_any_special_token(tmp_path: Path) -> None:
 
 
 def test_an_unwritable_cache_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftune.cache import content_hash
     from ftune.data import cache as store
     from ftune.errors import MachineError
     from ftune.models import gguf
-    from ftune.models.cache import content_hash
 
     monkeypatch.setenv("FTUNE_CACHE", "/proc/nowhere")
     assert store.writable(Path("/proc/nowhere/tokens")) is None

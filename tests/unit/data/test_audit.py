@@ -59,6 +59,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("broken-text", chat("Caf\u00c3\u00a9?", "Hi"), chat("Caf\u00e9, N\u00c3O?", "\u4f60\u597d \u20ac 5"), {}),
     ("broken-text", chat("A\ufffdB?", "Hi"), chat("\x1b[1m in colour, a page \x0c\tbreak", "Hi\n"), {}),
     ("broken-text", chat("A\x00B?", "Hi"), GOOD, {}),
+    ("mark-in-text", chat("Is </s> a mark?", "Hi"), chat("Is < / s > a mark?", "Hi"), {}),
     ("joined", pair("the ", "cat"), pair("the", " cat"), {"format": "prompt_completion"}),
 ]  # fmt: skip
 
@@ -79,9 +80,9 @@ def test_a_template_without_end_mark_and_one_that_begins_twice(make_tokenizer: C
 def test_padding_is_only_told_where_it_stands_for_nothing_else(make_tokenizer: Callable[..., Any]) -> None:
     own = make_tokenizer()
     own.pad_token = "<bos>"
-    assert kinds_of(own, chat("Hello?", "a <bos> b")) == ["pad-learned"]
-    assert kinds_of(own, chat("Hello <bos>?", "a")) == []
-    assert kinds_of(make_tokenizer(), chat("Hello?", "a </s> b")) == []  # pads with its end token
+    assert "pad-learned" in kinds_of(own, chat("Hello?", "a <bos> b"))
+    assert "pad-learned" not in kinds_of(own, chat("Hello <bos>?", "a"))
+    assert "pad-learned" not in kinds_of(make_tokenizer(), chat("Hello?", "a </s> b"))  # pads with its end token
 
 
 def test_an_answer_that_the_template_writes_otherwise(templates: dict[str, str], make_tokenizer: Any) -> None:

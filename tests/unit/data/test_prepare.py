@@ -13,7 +13,7 @@ import pytest
 
 from ftune.data.prepare import Prepared, prepare
 from ftune.errors import DataError
-from ftune.plugin import PlainText, Turn
+from ftune.plugin import Conversation, PlainText, Turn
 from ftune.recipe.schema import Data
 
 
@@ -48,7 +48,7 @@ def test_rows_keep_their_order_and_are_counted(stored: bool, tokenizer: Any, wri
     assert counts.supervised_tokens == sum(label != -100 for row in made.train for label in row["labels"])
     assert counts.longest == max(len(row["input_ids"]) for row in made.train)
     assert made.warnings == ()
-    assert made.prompts[0] == (Turn("user", "what is 0?"),)
+    assert made.prompts[0] == Conversation((Turn("user", "what is 0?"),))
     assert len(made.prompts) == 3
 
 
@@ -89,7 +89,7 @@ def test_a_share_is_held_out_by_the_seed(tokenizer: Any, write_rows: Any) -> Non
     assert answers(tokenizer, again.eval) == held_out
     assert answers(tokenizer, other.eval) != held_out
     assert [EXPECTED.index(answer) for answer in train] == sorted(EXPECTED.index(answer) for answer in train)
-    assert first.prompts[0] == (Turn("user", f"what is {EXPECTED.index(held_out[0])}?"),)
+    assert first.prompts[0] == Conversation((Turn("user", f"what is {EXPECTED.index(held_out[0])}?"),))
 
 
 def test_a_small_share_is_one_row_and_one_row_has_no_share(tokenizer: Any, write_rows: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from ftune.errors import RecipeError
 from ftune.models.generate import encode, fitted, generate_answers, settings
 from ftune.models.load import load_model, load_tokenizer
-from ftune.plugin import PlainText, Turn
+from ftune.plugin import Conversation, PlainText, Turn
 from ftune.recipe.schema import Model
 
 
@@ -36,7 +36,7 @@ def by_hand(model: Any, tokenizer: Any, ids: list[int], count: int, ends: set[in
 
 
 def test_answers_are_the_greedy_ones(model: Any, tokenizer: Any) -> None:
-    prompts = ["Hello", "What?", (Turn("system", "Be brief."), Turn("user", "Hi"))]
+    prompts = ["Hello", "What?", Conversation((Turn("system", "Be brief."), Turn("user", "Hi")))]
     texts = [
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n",
@@ -115,7 +115,7 @@ def test_plain_text_is_continued_without_the_template(model: Any, tokenizer: Any
 def test_a_template_that_refuses_is_no_crash(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(RecipeError, match="System role not supported"):
-        encode(tokenizer, (Turn("system", "Be kind."), Turn("user", "Hi")))
+        encode(tokenizer, Conversation((Turn("system", "Be kind."), Turn("user", "Hi"))))
 
 
 @pytest.mark.parametrize(("length", "wanted", "kept", "new"), [(10, 8, 10, 8), (250, 40, 216, 40), (900, 500, 192, 64),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ftune.cache import cache_directory, content_hash
 from ftune.errors import FtuneError, MachineError, RecipeError
 from ftune.models import source
-from ftune.models.cache import cache_directory, content_hash
 from ftune.places import meant_as_model_folder
 from ftune.recipe.schema import Model
 
@@ -108,9 +108,10 @@ def test_content_hash_is_remembered_until_the_file_changes(tmp_path: Path, monke
     assert cache_directory() == tmp_path / "cache"
     path = tmp_path / "file"
     path.write_bytes(b"one")
+    monkeypatch.setattr("ftune.cache._SETTLED_SECONDS", 0.0)
     first = content_hash(path)
     assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
-    monkeypatch.setattr("ftune.models.cache.sha256_of", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("ftune.cache.sha256_of", lambda _: pytest.fail("read again"))
     assert content_hash(path) == first
     monkeypatch.undo()
     monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))

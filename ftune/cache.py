@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from ftune.digest import sha256_of
@@ -24,10 +25,17 @@ def cache_directory() -> Path:
         raise MachineError(Problem(rule="cache", what=what, why=str(error), fix=fix)) from None
 
 
+_SETTLED_SECONDS = 1.0
+"""A file that changed later than this ago may change again without a sign: clocks of file systems tick coarsely."""
+
+
 def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file; remembered by path, size and time, as a 10 GB file takes ten seconds to read."""
+    """Return the SHA-256 of a file; remembered by path, size and times, as a 10 GB file takes ten seconds to read.
+
+    The time of the last change of its status is among them: no program can set that one back.
+    """
     status = path.stat()
-    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     note = cache_directory() / "hashes" / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24] + ".json")
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
@@ -36,6 +44,8 @@ def content_hash(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = sha256_of(path)
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _SETTLED_SECONDS * 1e9:
+        return digest
     with contextlib.suppress(OSError):  # without a note it is read again next time
         note.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: two processes may hash the same file at once.
