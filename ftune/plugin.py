@@ -10,9 +10,10 @@ import enum
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ftune.options import Options
@@ -43,8 +44,30 @@ class Plugin(ABC):
     Options: ClassVar[type[Options]] = Options
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What an optimizer may need to know of the run that it is built for."""
+
+    model: Any = None
+    """The model whose weights it moves, for one that looks at modules and not only at tensors."""
+    device_type: str = "cpu"
+    seed: int = 0
+    max_grad_norm: float = 0.0
+    """The global norm above which gradients are scaled down; 0 clips nothing. One that keeps its gradients need not
+    look: the trainer clips them."""
+    scales_loss: bool = False
+    """Whether float16 is computed in, so that the loss is scaled up for small gradients not to vanish."""
+    directory: Path | None = None
+    """The run directory, for one that keeps a log of its own."""
+
+
 class Optimizer(Plugin):
-    """How weights move, given gradients."""
+    """How weights move, given gradients.
+
+    One with FUSED gradients builds a `torch.optim.Optimizer` that also has `backward(loss, last)`, called for each
+    micro-batch; one with NONE has `learn(loss_of)`, called once for each step with a function that returns the loss of
+    all its micro-batches. Both have `grad_norm`, for the metrics. The trainer calls `step()` of each.
+    """
 
     gradients: ClassVar[Gradients] = Gradients.KEPT
     state_bytes_per_parameter: ClassVar[float]
@@ -61,7 +84,7 @@ class Optimizer(Plugin):
 
     @abstractmethod
     def build(
-        self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str
+        self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting
     ) -> torch.optim.Optimizer:
         """Return the optimizer over parameter groups that already carry their `weight_decay`."""
 
@@ -77,9 +100,27 @@ class Tuning(Plugin):
     frozen_base: ClassVar[bool] = False
     """Frozen weights need no float32 copy: they may be held in the compute dtype."""
 
+    rotates: ClassVar[bool] = False
+    """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
+
     @abstractmethod
     def apply(self, model: Any, options: Any) -> Any:
         """Return the model with exactly the declared weights trainable."""
+
+    def rotating(
+        self,
+        model: Any,
+        groups: list[dict[str, Any]],
+        build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        options: Any,
+        *,
+        seed: int,
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer that moves some of the weights at each step, made with `build`.
+
+        It freezes and frees weights itself, and has `steps_per_rate`: so many steps share a learning rate.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from ftune.options import Flag, Fraction, NotNegative, Number, Options, Positive
-from ftune.plugin import Optimizer
+from ftune.plugin import Optimizer, Setting
 
 
 class AdafactorOptions(Options):
@@ -36,7 +36,7 @@ class Adafactor(Optimizer):
     max_grad_norm_reason = "Adafactor clips each tensor's update itself (clip_threshold)"
     Options = AdafactorOptions
 
-    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from transformers.optimization import Adafactor as HuggingFaceAdafactor
 
         return HuggingFaceAdafactor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import Adam8bitOptions
-from ftune.plugin import Optimizer
+from ftune.plugin import Optimizer, Setting
 
 
 class AdamW8bit(Optimizer):
@@ -16,7 +16,7 @@ class AdamW8bit(Optimizer):
     needs = ("bitsandbytes",)
     Options = Adam8bitOptions
 
-    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
 
         return BitsAndBytesAdamW8bit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import AdamOptions
-from ftune.plugin import Optimizer
+from ftune.plugin import Optimizer, Setting
 
 
 class AdamW(Optimizer):
@@ -15,7 +15,7 @@ class AdamW(Optimizer):
     state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"
     Options = AdamOptions
 
-    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         import torch
 
         return torch.optim.AdamW(groups, lr=learning_rate, betas=options.betas, eps=options.eps)

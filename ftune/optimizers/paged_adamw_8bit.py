@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ftune.options import Adam8bitOptions
-from ftune.plugin import Optimizer
+from ftune.plugin import Optimizer, Setting
 
 
 class PagedAdamW8bit(Optimizer):
@@ -20,11 +20,11 @@ class PagedAdamW8bit(Optimizer):
     }
     Options = Adam8bitOptions
 
-    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from bitsandbytes import optim
 
         # The same mathematics; on a CPU the paged one would warn at every run that it does not page.
-        kind = optim.PagedAdamW8bit if device_type == "cuda" else optim.AdamW8bit
+        kind = optim.PagedAdamW8bit if setting.device_type == "cuda" else optim.AdamW8bit
         return kind(groups, lr=learning_rate, betas=options.betas, eps=options.eps, min_8bit_size=options.min_8bit_size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import Flag, Fraction, Options
-from ftune.plugin import Optimizer
+from ftune.plugin import Optimizer, Setting
 
 
 class SGDOptions(Options):
@@ -26,7 +26,7 @@ class SGD(Optimizer):
     learning_rate_reason = "SGD does not normalise the gradient, so it needs far larger steps than AdamW"
     Options = SGDOptions
 
-    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, device_type: str) -> Any:
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         import torch
 
         # PyTorch's SGD adds the decay to the gradient, and so to the momentum; here it is decoupled, as in AdamW.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, get_scheduler
 from transformers.trainer_utils import EvalLoopOutput
 
 from ftune import plugin, rundir
@@ -28,6 +29,7 @@ from ftune.recipe.schema import Recipe
 from ftune.training import checkpoint
 from ftune.training.callbacks import StopOnRequest
 from ftune.training.meter import Meter, losses_by_source, peak_memory_bytes
+from ftune.training.steps import STEPS
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         self.recipe = parts.recipe
         self.directory = Path(parts.recipe.training.output_dir)
         self.objective = plugin.objective(parts.recipe.objective.method)
+        self.method = plugin.optimizer(parts.recipe.optimizer.method)
+        self._reduces_itself = self.method.gradients in STEPS or plugin.tuning(parts.recipe.tuning.method).rotates
         self.last_evaluation: tuple[int, float] | None = None
         self.stop: StopOnRequest | None = None
         super().__init__(
@@ -69,6 +73,12 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         self._loss_shifts_labels = True
         self.loss_is_scaled_for_ga = True
         self.meter = Meter(self.args.device, _told_apart(parts.sources))
+        if self._reduces_itself:
+            # Not wrapped: DistributedDataParallel keeps every gradient, and wants the same weights trained each time.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if self.method.gradients in STEPS:
+            self._step = STEPS[self.method.gradients]()
+            self.accelerator.scaler = None  # it scales the loss itself, and could not unscale gradients that are gone
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
@@ -111,13 +121,46 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
                 },
                 {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
             ]
-            self.optimizer = plugin.optimizer(chosen.method).build(
-                [group for group in groups if group["params"]],
-                learning_rate=training.learning_rate,
-                options=chosen.options,
+            setting = plugin.Setting(
+                model=self.model,
                 device_type=self.args.device.type,
+                seed=training.seed,
+                max_grad_norm=training.max_grad_norm,
+                scales_loss=self.args.fp16,
+                directory=self.directory,
             )
+            build = functools.partial(
+                self.method.build, learning_rate=training.learning_rate, options=chosen.options, setting=setting
+            )
+            groups = [group for group in groups if group["params"]]
+            tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
+            if tuning.rotates:
+                self.optimizer = tuning.rotating(self.model, groups, build, options, seed=training.seed)
+            else:
+                self.optimizer = build(groups)
         return self.optimizer
+
+    @property
+    def own_optimizer(self) -> Any:
+        """The optimizer itself, which accelerate wraps."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the schedule; of an optimizer that moves weights in turn, those of one sweep share a rate."""
+        each = getattr(self.own_optimizer, "steps_per_rate", 1)
+        if each == 1 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        schedule = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=math.ceil(self.args.get_warmup_steps(num_training_steps) / each),
+            num_training_steps=math.ceil(num_training_steps / each),
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        factors = [functools.partial(_of_sweep, factor, each) for factor in schedule.lr_lambdas]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.own_optimizer, factors)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -135,12 +178,32 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         return loss * self.accelerator.num_processes
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.method.gradients in STEPS:
+            loss = self._step(self, model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self._reduces_itself and self.accelerator.sync_gradients:
+                self._average_gradients()
         self.meter.add(loss, inputs)
         if self.accelerator.sync_gradients:
             self.meter.end_step()
         self._finite &= torch.isfinite(loss)
         return loss
+
+    def _average_gradients(self) -> None:
+        """Average over the ranks what DistributedDataParallel, which wants the same weights each time, would."""
+        for weight in self.model.parameters():
+            if weight.grad is not None:
+                weight.grad.copy_(self.accelerator.reduce(weight.grad, "mean"))
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Return the gradient norm; an optimizer that keeps none has clipped and measured it itself."""
+        return self.own_optimizer.grad_norm if self.method.gradients in STEPS else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.method.gradients in STEPS:
+            return self.own_optimizer.grad_norm
+        return super()._get_grad_norm(model, grad_norm)
 
     def stop_if_not_finite(self) -> None:
         """Raise RunError once a loss was NaN or infinite: nothing learned after it is worth keeping."""
@@ -386,6 +449,11 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
 def _told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the sources, where there are several."""
     return names if len(names) > 1 else ()
+
+
+def _of_sweep(factor: Callable[[int], float], steps: int, step: int) -> float:
+    """Return the schedule's factor at the sweep that a step belongs to."""
+    return factor(step // steps)
 
 
 def _itself(sums: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,7 @@ def test_the_example_optimizer_learns_with_the_state_it_declares(lion: Any) -> N
 
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 128 * 96).reshape(128, 96))
     groups = [{"params": [weight], "weight_decay": 0.0}]
-    optimizer = lion.build(groups, learning_rate=1e-2, options=lion.Options(), device_type="cpu")
+    optimizer = lion.build(groups, learning_rate=1e-2, options=lion.Options(), setting=plugin.Setting())
     losses = []
     for _ in range(3):
         loss = (weight**2).mean()

@@ -19,7 +19,7 @@ def made(name: str, decayed: list[torch.Tensor], other: list[torch.Tensor], rate
     """Build an optimizer as the trainer does: decay in the first group only."""
     found = plugin.optimizer(name)
     groups = [{"params": decayed, "weight_decay": _DECAY}, {"params": other, "weight_decay": 0.0}]
-    return found.build(groups, learning_rate=rate, options=found.Options(**options), device_type="cpu")
+    return found.build(groups, learning_rate=rate, options=found.Options(**options), setting=plugin.Setting())
 
 
 def tensors() -> tuple[torch.nn.Parameter, torch.nn.Parameter, list[tuple[torch.Tensor, torch.Tensor]]]:
