@@ -111,3 +111,19 @@ class Adam8bitOptions(AdamOptions):
 
     min_8bit_size: Integer = Field(default=4096, ge=1)
     """Tensors with fewer elements keep 32-bit states."""
+
+
+class FusedOptions(Options):
+    """Options of every update that is made inside backward."""
+
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How results become bfloat16 weights: by chance, so that small updates count on average, or to the nearest."""
+    accumulate: Literal["forward", "buffer"] | None = None
+    """What gradient_accumulation_steps above 1 does: `forward` keeps the graphs of all micro-batches (set
+    gradient_checkpointing, so that they are small) and runs one backward over them; `buffer` adds gradients up."""
+    buffer: Literal["bfloat16", "host"] = "bfloat16"
+    """Where `accumulate: buffer` adds up: 2 bytes per weight on the device, or 4 in the memory of the host."""
+    clip_grad_value: Positive | None = None
+    """Limit of each element of a gradient; needs no second backward."""
+    clip_grad_norm_per_tensor: Positive | None = None
+    """Limit of the norm of each tensor's gradient by itself; needs no second backward."""

@@ -82,6 +82,10 @@ class Optimizer(Plugin):
     device_notes: ClassVar[Mapping[str, str]] = {}
     """What a user should know about it on one kind of device."""
 
+    def accumulates(self, options: Any) -> bool:
+        """Return whether the gradients of several micro-batches can become one step."""
+        return self.gradients is not Gradients.FUSED or getattr(options, "accumulate", None) is not None
+
     @abstractmethod
     def build(
         self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting

@@ -1,7 +1,7 @@
 """How float32 results become weights of fewer bits.
 
-Rounded to nearest, a bfloat16 weight loses every update smaller than about 1/256 of it. Rounded up or down by chance, in
-proportion, it moves by the update on average (Gupta et al., 2015; for large-model training Zamirai et al., 2020).
+Rounded to nearest, a bfloat16 weight loses every update smaller than about 1/256 of it. Rounded up or down by chance,
+in proportion, it moves by the update on average (Gupta et al., 2015; for bfloat16 training Zamirai et al., 2020).
 """
 
 from __future__ import annotations

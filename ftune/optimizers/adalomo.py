@@ -1,0 +1,49 @@
+"""AdaLomo (Lv et al., 2023): Adafactor's update inside backward, its step in proportion to each tensor's own size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from ftune.options import FusedOptions, NotNegative, Number, Positive
+from ftune.plugin import Gradients, Optimizer, Setting
+
+
+class AdaLomoOptions(FusedOptions):
+    """Options of AdaLomo."""
+
+    eps: tuple[NotNegative, NotNegative] = (1e-30, 1e-3)
+    """Added to the squared gradient, and the floor of the weights' own scale."""
+    clip_threshold: Positive = 1.0
+    """Largest root mean square of one tensor's update; what takes the place of clipping the gradient norm."""
+    decay_rate: Number = Field(default=-0.8, lt=0)
+    """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
+
+
+class AdaLomo(Optimizer):
+    name = "adalomo"
+    summary = "LOMO with a step for each element: one row and one column of statistics per matrix."
+    gradients = Gradients.FUSED
+    state_bytes_per_parameter = 0.0
+    state_bytes_note = "4 bytes per row and per column of a matrix, 4 per element of a vector"
+    default_learning_rate = 5e-4
+    learning_rate_reason = "the authors' rate for instruction tuning, times each tensor's root mean square"
+    default_max_grad_norm = 0.0
+    max_grad_norm_reason = "each tensor's update is limited by itself (clip_threshold), in one backward"
+    Options = AdaLomoOptions
+
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
+        from ftune.fused.adafactor import AdafactorRule
+        from ftune.fused.engine import fused
+
+        rule = AdafactorRule(
+            eps=options.eps,
+            clip_threshold=options.clip_threshold,
+            decay_rate=options.decay_rate,
+            scale_parameter=True,
+        )
+        return fused(groups, rule, learning_rate, options, setting)
+
+
+plugin = AdaLomo()
