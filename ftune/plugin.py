@@ -82,6 +82,10 @@ class Optimizer(Plugin):
     device_notes: ClassVar[Mapping[str, str]] = {}
     """What a user should know about it on one kind of device."""
 
+    def clips_itself(self, options: Any) -> bool:
+        """Return whether its options limit gradients already, so that the global norm need not."""
+        return any(getattr(options, key, None) is not None for key in ("clip_grad_value", "clip_grad_norm_per_tensor"))
+
     def accumulates(self, options: Any) -> bool:
         """Return whether the gradients of several micro-batches can become one step."""
         return self.gradients is not Gradients.FUSED or getattr(options, "accumulate", None) is not None

@@ -149,7 +149,10 @@ def _optimizer(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Dec
     if recipe.training.learning_rate == "auto":
         yield Decision("training.learning_rate", *plugin.customary_learning_rate(optimizer, tuning))
     if recipe.training.max_grad_norm == "auto":
-        yield Decision("training.max_grad_norm", optimizer.default_max_grad_norm, optimizer.max_grad_norm_reason)
+        limit, why = optimizer.default_max_grad_norm, optimizer.max_grad_norm_reason
+        if optimizer.clips_itself(recipe.optimizer.options):
+            limit, why = 0.0, "optim_args limits gradients already"
+        yield Decision("training.max_grad_norm", limit, why)
 
 
 def _evaluation(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
