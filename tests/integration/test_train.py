@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,14 @@ class TestWhatIsLeftBehind:
         assert "\x1b[" not in output
         assert "\r" not in output
         assert "training.max_grad_norm" in output
+        said = re.search(
+            r"train: \d+ messages rows.* a row has p50 (\d+), p95 (\d+), p99 (\d+), at most (\d+)\n", output
+        )
+        assert said is not None
+        assert sorted(map(int, said.groups())) == list(map(int, said.groups()))
+        padded = re.search(r"train: ([\d.]+)% of the places in a batch are padding", output)
+        assert padded is not None
+        assert 0 < float(padded[1]) < 60
         assert not run[2].stderr.strip(), run[2].stderr
 
 
