@@ -14,9 +14,10 @@ Path = tuple[Any, ...]
 
 
 class HostMemory:
-    """The host's side of some tensors, each known by a path."""
+    """The host's side of some tensors of one kind of device, each known by a path."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cuda") -> None:
+        self._device_type = device_type
         self._kept: dict[Path, torch.Tensor] = {}
         self._devices: dict[Path, torch.device] = {}
 
@@ -35,15 +36,16 @@ class HostMemory:
     def settle(self) -> None:
         """Wait until the copies on the host are whole."""
         for device in set(self._devices.values()):
-            torch.cuda.current_stream(device).synchronize()
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
     def _put_away(self, tensor: torch.Tensor, path: Path) -> torch.Tensor:
         # Paged tensors (bitsandbytes) move by themselves.
-        if tensor.device.type != "cuda" or getattr(tensor, "is_paged", False):
+        if tensor.device.type != self._device_type or getattr(tensor, "is_paged", False):
             return tensor
         kept = self._kept.get(path)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._kept[path] = kept
         self._devices[path] = tensor.device
         return kept.copy_(tensor, non_blocking=True)

@@ -82,10 +82,9 @@ class RotatingOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
             group.update(saved)
         self.plan.load_state_dict(state_dict["plan"])
         self._free_active()
-        active = self.active
         for number, part in enumerate(self.parts):
             part.load_state_dict(state_dict["state"].get(number))
-            if part not in active:
+            if self._asleep == "host":
                 part.put_away()
 
 

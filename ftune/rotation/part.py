@@ -27,7 +27,7 @@ class Part:
         self._groups, self._build, self._with_masters = groups, build, with_masters
         self.optimizer: torch.optim.Optimizer | None = None
         self.masters: Masters | None = None
-        self._host = HostMemory()
+        self.host = HostMemory()
         self._away = False
         self.shown: Groups = [dict(group) for group in build(groups).param_groups]
         """The optimizer's groups as others see them: over the weights, whatever stands in their place."""
@@ -58,14 +58,14 @@ class Part:
     def put_away(self) -> None:
         """Move all state to the host; the next step brings it back."""
         if self.optimizer is not None and not self._away:
-            self._move(self._host.put_away)
+            self._move(self.host.put_away)
             self._away = True
 
     def _woken(self) -> torch.optim.Optimizer:
         if self.optimizer is None:
             return self._made()
         if self._away:
-            self._move(self._host.bring_back)
+            self._move(self.host.bring_back)
             self._away = False
         return self.optimizer
 
@@ -95,7 +95,7 @@ class Part:
         """Return the state, or None where nothing moved yet or all was forgotten."""
         if self.optimizer is None:
             return None
-        self._host.settle()
+        self.host.settle()
         return {"optimizer": self.optimizer.state_dict(), "masters": self.masters.tensors() if self.masters else []}
 
     def load_state_dict(self, saved: dict[str, Any] | None) -> None:
