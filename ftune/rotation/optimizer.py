@@ -65,11 +65,6 @@ class RotatingOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         for part in self.parts:
             part.set_free(part in active)
 
-    def saved_state_weights(self) -> list[torch.nn.Parameter]:
-        """Return the weights whose state a checkpoint holds, at most."""
-        parts = self.active if self._asleep == "drop" else self.parts
-        return [weight for part in parts for weight in part.weights]
-
     def state_dict(self) -> dict[str, Any]:
         """Return the plan's place, each part's state by its number, and the groups that a schedule sets."""
         states = {number: part.state_dict() for number, part in enumerate(self.parts)}

@@ -29,7 +29,7 @@ class Part:
         self.masters: Masters | None = None
         self.host = HostMemory()
         self._away = False
-        self.shown: Groups = [dict(group) for group in build(groups).param_groups]
+        self.shown: Groups = [dict(group) for group in build(_copied(groups)).param_groups]
         """The optimizer's groups as others see them: over the weights, whatever stands in their place."""
 
     def set_free(self, free: bool) -> None:
@@ -70,7 +70,7 @@ class Part:
         return self.optimizer
 
     def _made(self) -> torch.optim.Optimizer:
-        groups = [dict(group) for group in self._groups]
+        groups = _copied(self._groups)
         if self._with_masters:
             self.masters = Masters(self.weights)
             groups = self.masters.in_place_of_weights(groups)
@@ -108,6 +108,11 @@ class Part:
             self.masters.load(saved["masters"])
         optimizer.load_state_dict(saved["optimizer"])
         _restore_dtypes(optimizer, saved["optimizer"]["state"])
+
+
+def _copied(groups: Groups) -> Groups:
+    """Return groups that an optimizer may fill with its defaults."""
+    return [dict(group) for group in groups]
 
 
 def _restore_dtypes(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:

@@ -40,6 +40,11 @@ _METHODS: list[tuple[str, dict[str, Any]]] = [
     ("lisa", {"activated_layers": 1, "interval": 4}),
     ("badam", {"interval": 4, "include_head": True}),
 ]
+_PAIRS = [(*_METHODS[0], *optimizer) for optimizer in _KEPT]
+_PAIRS += [(*_METHODS[1], *_KEPT[0]), (*_METHODS[1], *_KEPT[4]), (*_METHODS[2], *_KEPT[0]), (*_METHODS[2], *_KEPT[3])]
+_PAIRED = pytest.mark.parametrize(
+    ("method", "options", "name", "settings"), _PAIRS, ids=[f"{pair[0]}-{pair[2]}" for pair in _PAIRS]
+)
 _BLOCKS = ["model.embed_tokens", "model.layers.0.", "model.layers.1.", ("model.norm", "lm_head")]
 """Beginnings of the names of each unit's weights, from the bottom up."""
 
@@ -395,8 +400,7 @@ class TestBAdam:
 
 
 class TestResume:
-    @pytest.mark.parametrize(("name", "settings"), _KEPT, ids=[name for name, _ in _KEPT])
-    @pytest.mark.parametrize(("method", "options"), _METHODS, ids=[name for name, _ in _METHODS])
+    @_PAIRED
     def test_goes_on_to_the_same_bits(
         self, method: str, options: dict[str, Any], name: str, settings: dict[str, Any]
     ) -> None:
@@ -435,8 +439,38 @@ class TestResume:
         assert not same_bits(state_of(second), state_of(first))
 
 
-@pytest.mark.parametrize(("name", "settings"), _KEPT, ids=[name for name, _ in _KEPT])
 @pytest.mark.parametrize(("method", "options"), _METHODS, ids=[name for name, _ in _METHODS])
+def test_gradient_checkpointing_changes_nothing(method: str, options: dict[str, Any]) -> None:
+    """Also where all that a checkpointed layer is given is frozen."""
+    plain, checkpointed = make_model(), make_model()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, checkpointed):
+        model.train()
+        learn(model, rotating(model, method, **options), range(8))
+    assert checkpointed.model.layers[0].gradient_checkpointing
+    assert same_bits(state_of(plain), state_of(checkpointed))
+
+
+@pytest.mark.parametrize(("method", "options"), _METHODS, ids=[name for name, _ in _METHODS])
+def test_a_step_left_out_after_an_overflow_keeps_its_turn(method: str, options: dict[str, Any]) -> None:
+    """PyTorch's loss scaling: a power of two changes no bit, and an overflow takes no turn and counts no step."""
+    plain, scaled = make_model(), make_model()
+    learn(plain, rotating(plain, method, builder("adamw_torch_fused"), **options), range(9))
+    optimizer = rotating(scaled, method, builder("adamw_torch_fused"), **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    for step in [0, 1, 2, None, 3, 4, 5, None, 6, 7, 8]:
+        turn, before = optimizer.plan.state_dict(), state_of(scaled)
+        scaler.scale(loss_at(scaled, step or 0) * (1.0 if step is not None else torch.inf)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step is None:
+            assert optimizer.plan.state_dict() == turn
+            assert moved(before, scaled) == set()
+    assert same_bits(state_of(plain), state_of(scaled))
+
+
+@_PAIRED
 def test_a_schedule_sets_the_rate_of_every_optimizer(
     method: str, options: dict[str, Any], name: str, settings: dict[str, Any]
 ) -> None:
