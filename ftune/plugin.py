@@ -108,12 +108,18 @@ class Tuning(Plugin):
     frozen_base: ClassVar[bool] = False
     """Frozen weights need no float32 copy: they may be held in the compute dtype."""
 
+    delays_rate: ClassVar[bool] = False
+    """Whether several steps share a learning rate, which needs a schedule with a formula by step."""
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 
     @abstractmethod
     def apply(self, model: Any, options: Any) -> Any:
         """Return the model with exactly the declared weights trainable."""
+
+    def copies_in_float32(self, options: Any) -> bool:
+        """Return whether weights of 16 bits move through float32 copies, which lose no small update."""
+        return False
 
     def rotating(
         self,
@@ -123,6 +129,7 @@ class Tuning(Plugin):
         options: Any,
         *,
         seed: int,
+        steps_per_epoch: int,
     ) -> torch.optim.Optimizer:
         """Return an optimizer that moves some of the weights at each step, made with `build`.
 

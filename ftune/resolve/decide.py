@@ -127,6 +127,8 @@ def _dtype(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisio
         yield Decision("model.dtype", "bfloat16", "frozen weights need no float32 copy; what is trained stays float32")
     elif tuning.frozen_base and recipe.training.fp16:
         yield Decision("model.dtype", "float16", "frozen weights need no float32 copy; what is trained stays float32")
+    elif tuning.copies_in_float32(recipe.tuning.options) and recipe.training.bf16:
+        yield Decision("model.dtype", "bfloat16", "what moves has float32 copies, so that no small update is lost")
     else:
         why = "trained weights keep small updates in float32" if not tuning.frozen_base else "what is computed in"
         yield Decision("model.dtype", "float32", why)

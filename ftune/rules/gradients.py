@@ -96,6 +96,44 @@ RULES: tuple[Rule, ...] = (
         good={"training": {"optim": "lomo", "optim_args": {"rounding": "nearest"}}, "model": {"dtype": "bfloat16"}},
     ),
     Rule(
+        id="delayed-rate-needs-a-formula",
+        at="training.lr_scheduler_type",
+        when=lambda f: (
+            f.tuning.delays_rate and f.recipe.training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        ),
+        what="{tuning} cannot hold the rate of this schedule",
+        because="all groups of layers move once at the same rate, and this schedule has no formula by step to hold",
+        instead="set lr_scheduler_type: linear or cosine",
+        also=(("tuning.method", "holds the rate for a sweep over the layers"),),
+        bad={"tuning": {"method": "hift"}, "training": {"lr_scheduler_type": "reduce_lr_on_plateau"}},
+        good={"tuning": {"method": "hift"}, "training": {"lr_scheduler_type": "cosine"}},
+    ),
+    Rule(
+        id="copies-need-sixteen-bits",
+        at="tuning.mixed",
+        when=lambda f: (
+            getattr(f.recipe.tuning.options, "mixed", False) is True and f.recipe.model.dtype == "float32"
+        ),
+        what="float32 weights need no float32 copies",
+        because="mixed: true holds the weights in 16 bits and copies those that move",
+        instead="set model.dtype: bfloat16, or mixed: false",
+        also=(("model.dtype", "has all bits already"),),
+        bad={"tuning": {"method": "hift", "mixed": True}, "model": {"dtype": "float32"}},
+        good={"tuning": {"method": "hift", "mixed": True}, "model": {"dtype": "bfloat16"}},
+    ),
+    Rule(
+        id="turns-compile-anew",
+        at="training.torch_compile",
+        when=lambda f: f.tuning.rotates and f.recipe.training.torch_compile,
+        what="the model would be compiled anew at each turn",
+        because="which weights need a gradient changes with {tuning}; after eight times PyTorch stops compiling",
+        instead="set torch_compile: false",
+        also=(("tuning.method", "takes turns"),),
+        severity="warning",
+        bad={"tuning": {"method": "lisa"}, "training": {"torch_compile": True}},
+        good={"tuning": {"method": "lisa"}, "training": {"torch_compile": False}},
+    ),
+    Rule(
         id="turns-need-kept-gradients",
         at="tuning.method",
         when=lambda f: f.tuning.rotates and not _is(f, Gradients.KEPT),
