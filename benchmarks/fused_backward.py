@@ -2,9 +2,9 @@
 
     python benchmarks/fused_backward.py [--steps N] [--rounds N]
 
-A Llama of about 600 tensors (66 layers, hidden size 256, 2 rows of 64 tokens), where what is done for each tensor counts
-most. The sides take turns within one process: torch.optim.SGD beside LOMO, Hugging Face's Adafactor beside AdaLomo. Both
-sides know the norm of the gradients, as a trainer that logs it does. Printed are medians and their ratio.
+A Llama of about 600 tensors (66 layers, hidden size 256, 2 rows of 64 tokens), where what is done for each tensor
+counts most. The sides take turns within one process: torch.optim.SGD beside LOMO, Hugging Face's Adafactor beside
+AdaLomo. Both know the norm of the gradients, as a trainer that logs it does. Printed are medians and their ratio.
 """
 
 from __future__ import annotations

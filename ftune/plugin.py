@@ -108,8 +108,6 @@ class Tuning(Plugin):
     frozen_base: ClassVar[bool] = False
     """Frozen weights need no float32 copy: they may be held in the compute dtype."""
 
-    delays_rate: ClassVar[bool] = False
-    """Whether several steps share a learning rate, which needs a schedule with a formula by step."""
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 

@@ -23,10 +23,11 @@ RULES: tuple[Rule, ...] = (
             and not f.optimizer.accumulates(f.recipe.optimizer.options)
         ),
         what="{optim} cannot accumulate gradients",
-        because="it updates each weight inside backward() and frees its gradient: nothing is left to add to, and updates "
-        "by parts of a batch are not the update by the whole",
-        instead="set optim_args: {{accumulate: forward}} with gradient_checkpointing: true, which runs one backward over "
-        "all micro-batches; or {{accumulate: buffer}}, for 2 bytes per weight; or a larger per_device_train_batch_size",
+        because="it updates each weight inside backward() and frees its gradient: nothing is left to add to, and "
+        "updates by parts of a batch are not the update by the whole",
+        instead="set optim_args: {{accumulate: forward}} with gradient_checkpointing: true, which runs one backward "
+        "over all micro-batches; or {{accumulate: buffer}}, for 2 bytes per weight; or a larger "
+        "per_device_train_batch_size",
         also=(("training.optim", "frees each gradient"),),
         label="nothing is left to accumulate",
         bad={"training": {"optim": "lomo", "gradient_accumulation_steps": 8}},
@@ -96,24 +97,9 @@ RULES: tuple[Rule, ...] = (
         good={"training": {"optim": "lomo", "optim_args": {"rounding": "nearest"}}, "model": {"dtype": "bfloat16"}},
     ),
     Rule(
-        id="delayed-rate-needs-a-formula",
-        at="training.lr_scheduler_type",
-        when=lambda f: (
-            f.tuning.delays_rate and f.recipe.training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        ),
-        what="{tuning} cannot hold the rate of this schedule",
-        because="all groups of layers move once at the same rate, and this schedule has no formula by step to hold",
-        instead="set lr_scheduler_type: linear or cosine",
-        also=(("tuning.method", "holds the rate for a sweep over the layers"),),
-        bad={"tuning": {"method": "hift"}, "training": {"lr_scheduler_type": "reduce_lr_on_plateau"}},
-        good={"tuning": {"method": "hift"}, "training": {"lr_scheduler_type": "cosine"}},
-    ),
-    Rule(
         id="copies-need-sixteen-bits",
         at="tuning.mixed",
-        when=lambda f: (
-            getattr(f.recipe.tuning.options, "mixed", False) is True and f.recipe.model.dtype == "float32"
-        ),
+        when=lambda f: getattr(f.recipe.tuning.options, "mixed", False) is True and f.recipe.model.dtype == "float32",
         what="float32 weights need no float32 copies",
         because="mixed: true holds the weights in 16 bits and copies those that move",
         instead="set model.dtype: bfloat16, or mixed: false",
@@ -138,8 +124,7 @@ RULES: tuple[Rule, ...] = (
         at="tuning.method",
         when=lambda f: f.tuning.rotates and not _is(f, Gradients.KEPT),
         what="{tuning} does not go with {optim}",
-        because="it hands an optimizer's step and state from one group of layers to the next, and {optim} moves weights "
-        "in a way of its own",
+        because="it steps the optimizer of some layers at a time over gradients that were kept, and {optim} keeps none",
         instead="set optim: adamw_torch, or another one that keeps its gradients; or tuning.method: full",
         also=(("training.optim", "keeps no gradients"),),
         bad={"tuning": {"method": "hift"}, "training": {"optim": "lomo"}},

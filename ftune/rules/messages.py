@@ -28,6 +28,8 @@ MESSAGES = {
     "attention-unsupported": "The model has no code for the `model.attn_implementation` that is set.",
     "base-quantised": "The model's weights are stored in few bits: they can carry an adapter, but be neither trained "
     "themselves nor merged with.",
+    "layers-not-found": "The model has no list of layers, which a method that trains layer by layer needs.",
+    "lisa-layers": "`tuning.activated_layers` is more than the model has.",
     "lora-options": "PEFT refuses these options of lora together.",
     "lora-targets": "The model has no layers of the names in `tuning.target_modules` or its neighbours.",
     "max-length": "Rows are longer than the positions the model knows.",

@@ -26,7 +26,6 @@ class HiFT(Tuning):
     name = "hift"
     summary = "Every weight is trained, one group of layers at each step; the rest of the state is on the host."
     rotates = True
-    delays_rate = True
     Options = HiFTOptions
 
     def apply(self, model: Any, options: Any) -> Any:

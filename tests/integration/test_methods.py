@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -16,9 +17,10 @@ from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
 
 import ftune
 from ftune import plugin
-from ftune.errors import RecipeError
+from ftune.errors import RecipeError, RunError
 from ftune.machine import probe
 from ftune.plugin import Gradients
+from ftune.rotation.optimizer import RotatingOptimizer
 from ftune.training import resuming, run
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,31 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     run.train(continued.spec, checkpoint=continued.checkpoint)
     assert same_bits(weights(whole), weights(stopped))
     assert losses(whole) == losses(stopped)
+
+
+TURNS = [name for name in plugin.names(plugin.TUNINGS) if plugin.tuning(name).rotates]
+
+
+@pytest.mark.parametrize("method", TURNS)
+def test_weights_that_rest_at_the_end_are_looked_at_before_they_are_saved(
+    method: str, tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that is not a number, and in no loss yet, with the next turn begun already."""
+    tuning = {"method": method, **({} if method == "hift" else {"interval": 1})}
+    values = recipe(tiny_model, rows, tmp_path / "run", tuning=tuning, training={"max_steps": 3})
+    whole_step, steps = RotatingOptimizer.step, itertools.count(1)
+
+    def broken(self: RotatingOptimizer, *arguments: Any) -> Any:
+        moving = self.active
+        done = whole_step(self, *arguments)
+        if next(steps) == 3:
+            moving[0].weights[0].data.fill_(float("nan"))
+        return done
+
+    monkeypatch.setattr(RotatingOptimizer, "step", broken)
+    with pytest.raises(RunError, match="not numbers"):
+        ftune.train(values)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize("optim", FUSED)

@@ -78,7 +78,8 @@ def rotating(model: Any, method: str, build: Any = None, *, seed: int = 0, **opt
     found = plugin.tuning(method)
     chosen = found.Options(**options)
     found.apply(model, chosen)
-    return found.rotating(model, groups_of(model), build or builder("adamw_torch"), chosen, seed=seed)  # type: ignore[return-value]
+    make = build or builder("adamw_torch")
+    return found.rotating(model, groups_of(model), make, chosen, seed=seed, steps_per_epoch=100)  # type: ignore[return-value]
 
 
 def loss_at(model: Any, step: int) -> torch.Tensor:
@@ -396,7 +397,7 @@ class TestBAdam:
     def test_interval_of_the_paper(self) -> None:
         """K = min(max(n / (B D), 50), 100)."""
         interval = plugin.get(plugin.TUNINGS, "badam").rotating.__globals__["customary_interval"]
-        assert [interval(steps, 32) for steps in (320, 2560, 64000, None)] == [50, 80, 100, 50]
+        assert [interval(steps, 32) for steps in (320, 2560, 64000)] == [50, 80, 100]
 
 
 class TestResume:
