@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,16 @@ import pytest
 import torch
 from conftest import make_model
 from torch.nn import functional
+from training_runs import ROOT, recipe, rows_file, same_bits, weights
+from training_runs import losses as losses_of_run
 
+import ftune
 from ftune import plugin
 from ftune.errors import RecipeError, RunError
+from ftune.machine import probe
+from ftune.rebuild import rebuild
+from ftune.training import resuming
+from ftune.training.run import train
 from ftune.zeroth import log
 from ftune.zeroth.points import Points, step_seed
 from ftune.zeroth.replay import replay
@@ -237,7 +249,7 @@ class TestExactness:
 
         def loss() -> torch.Tensor:
             found = loss_of(model, tokens)()
-            losses.append(float(found))
+            losses.append(found.item())
             return found
 
         optimizer.learn(loss)
@@ -322,11 +334,11 @@ class TestFaults:
     def test_evaluation_between_steps_sees_the_weights(self) -> None:
         model, tokens = small(), batches(1)[0]
         optimizer = made(model)
-        expected = float(loss_of(small(), tokens)())
+        expected = loss_of(small(), tokens)().item()
         optimizer.learn(loss_of(model, tokens))
-        assert float(loss_of(model, tokens)()) == expected
+        assert loss_of(model, tokens)().item() == expected
         optimizer.step()
-        assert float(loss_of(model, tokens)()) != expected
+        assert loss_of(model, tokens)().item() != expected
 
     def test_one_point_that_is_not_finite_skips_the_step(self, tmp_path: Path) -> None:
         model = small()
@@ -630,3 +642,79 @@ class TestModels:
         for name, weight in model.named_parameters():
             assert weight.requires_grad != torch.equal(before[name], after[name]), name
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in base.items())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rows_file(tmp_path_factory.mktemp("rows") / "rows.jsonl", 16)
+
+
+class TestRuns:
+    """Whole runs through `ftune.train`."""
+
+    SETTINGS: dict[str, Any] = {"optim": "mezo", "learning_rate": 1e-4, "weight_decay": 0.1, "max_steps": 6}
+
+    @pytest.mark.parametrize(("tuning", "dtype"), [("full", "bfloat16"), ("lora", "float32")])
+    def test_resumed_and_rebuilt_to_the_same_bits(
+        self, tuning: str, dtype: str, tiny_model: Path, rows: Path, tmp_path: Path
+    ) -> None:
+        settings = {**self.SETTINGS, "save_strategy": "steps", "save_steps": 3}
+        values = recipe(
+            tiny_model,
+            rows,
+            tmp_path / "run",
+            model={"dtype": dtype},
+            tuning={"method": tuning},
+            training=settings,
+        )
+        run = ftune.train(values)
+        state = torch.load(Path(run.directory) / "checkpoints" / "checkpoint-3" / "optimizer.pt", weights_only=True)
+        assert state["zeroth_order"] == {"steps": 3, "skipped": 0}
+        halted = shutil.copytree(run.directory, tmp_path / "copy")
+        shutil.rmtree(halted / "model")
+        shutil.rmtree(halted / "checkpoints" / "checkpoint-6")
+        (halted / "result.json").unlink()
+        continued = resuming.reopen(halted, (), probe())
+        train(continued.spec, plain=True, checkpoint=continued.checkpoint)
+        assert same_bits(weights(halted), weights(run.directory))
+        assert losses_of_run(halted) == losses_of_run(run.directory)
+        assert (halted / log.NAME).read_bytes() == (tmp_path / "run" / log.NAME).read_bytes()
+        made = rebuild(Path(run.directory), tmp_path / "again")
+        assert made.steps == 6
+        (tmp_path / "again").rename(tmp_path / "model")
+        rebuilt = weights(tmp_path)
+        assert same_bits(rebuilt, weights(run.directory))
+        assert len(rebuilt) > 10
+
+    def test_two_ranks_and_accumulation_equal_one_batch(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+        one = {**self.SETTINGS, "max_steps": 4, "per_device_train_batch_size": 8}
+        alone = ftune.train(recipe(tiny_model, rows, tmp_path / "one", training=one))
+        four = {**one, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+        parts = ftune.train(recipe(tiny_model, rows, tmp_path / "parts", training=four))
+        two = {**one, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        path = tmp_path / "two.json"
+        path.write_text(json.dumps(recipe(tiny_model, rows, tmp_path / "two", training=two)))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        done = subprocess.run(
+            [*launcher, "--no-python", sys.executable, "-m", "ftune", "train", str(path)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        base = weights_of(tiny_model)
+        for other in (Path(parts.directory), tmp_path / "two"):
+            assert losses_of_run(other) == pytest.approx(losses_of_run(alone.directory), rel=1e-6)
+            for name, weight in weights(alone.directory).items():
+                torch.testing.assert_close(weights(other)[name], weight, rtol=1e-6, atol=1e-6)
+        assert not same_bits(base, weights(alone.directory))
+        assert len(log.read(tmp_path / "two")[1]) == 4
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
