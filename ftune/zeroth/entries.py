@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,9 +17,13 @@ class InPlace:
         self._weights, self._points = weights, points
         self.chosen: list[torch.Tensor | None] = [None] * len(weights)
 
+    def measure(self, loss_of: Callable[[], torch.Tensor], *, seed: int, distance: float) -> torch.Tensor:
+        """Return the loss at theta + distance z, whoever reads the weights."""
+        with self._at(seed, distance):
+            return loss_of()
+
     @contextlib.contextmanager
-    def at(self, seed: int, distance: float) -> Iterator[None]:
-        """Let everything inside see theta + distance z, whoever reads it."""
+    def _at(self, seed: int, distance: float) -> Iterator[None]:
         aside: list[torch.Tensor] = []
         try:
             for number, (weight, chosen) in enumerate(zip(self._weights, self.chosen, strict=True)):

@@ -32,33 +32,45 @@ class ThroughModules:
         self._depth = [0] * len(weights)
         self._aside: dict[int, torch.Tensor] = {}
         self._seen: set[int] = set()
-        self._checked = False
+        self._modules = list(model.modules())
+        self._watched = False
+
+    def measure(self, loss_of: Callable[[], torch.Tensor], *, seed: int, distance: float) -> torch.Tensor:
+        """Return the loss at theta + distance z.
+
+        The first forward is watched. A weight that another module reads than the one that owns it (a fused kernel takes
+        the matrices of its layers) is from then on moved while that one runs, and the forward is made again. Raises
+        RecipeError where a trained weight is read outside of all modules, where it would be seen unmoved, or never.
+        """
+        while not self._watched:
+            watch = _Watch(self._unmoved)
+            with watch.following(self._modules), self._at(seed, distance), watch:
+                loss = loss_of()
+            self._require_moved(watch.read)
+            self._watched = not watch.read
+            for number, module in watch.read:
+                self._owners.setdefault(module, set()).add(number)
+            if self._watched:
+                return loss
+        with self._at(seed, distance):
+            return loss_of()
 
     @contextlib.contextmanager
-    def at(self, seed: int, distance: float) -> Iterator[None]:
-        """Let forward passes inside see theta + distance z.
-
-        Raises RecipeError where the first of them reads a trained weight elsewhere than in its own module: there it
-        would see theta, and the difference of the losses would not be that of the two points.
-        """
+    def _at(self, seed: int, distance: float) -> Iterator[None]:
         self._seen.clear()
-        handles = []
-        watch = None if self._checked else _Watch(self._unmoved)
-        try:
-            for module, numbers in self._owners:
-                handles.append(module.register_forward_pre_hook(self._entering(numbers, seed, distance)))
-                handles.append(module.register_forward_hook(self._leaving(numbers), always_call=True))
-            with watch or contextlib.nullcontext():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for number in list(self._aside):
-                self._put_back(number)
-            self._depth = [0] * len(self._weights)
-        if watch is not None:
-            self._require_seen(watch.read)
-            self._checked = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._restore)
+            for module, numbers in self._owners.items():
+                enter, leave = self._entering(sorted(numbers), seed, distance), self._leaving(sorted(numbers))
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            yield
+
+    def _restore(self) -> None:
+        """Put back what an error left moved."""
+        for number in list(self._aside):
+            self._put_back(number)
+        self._depth = [0] * len(self._weights)
 
     def _entering(self, numbers: list[int], seed: int, distance: float) -> Callable[..., None]:
         def enter(*_: Any) -> None:
@@ -98,13 +110,14 @@ class ThroughModules:
         number = self._numbers.get(id(value))
         return number if number is not None and not self._depth[number] else None
 
-    def _require_seen(self, read: set[int]) -> None:
-        why = "the loss would be that of other weights than those that the step takes it for"
-        wrong = sorted(read)
-        what = "is read elsewhere than in the forward of the layer that owns it"
-        fix = "train it with another optim, or train other weights: tuning.method: lora"
+    def _require_moved(self, read: set[tuple[int, torch.nn.Module | None]]) -> None:
+        wrong = sorted(number for number, module in read if module is None)
+        what = "is read by the loss itself, outside of the model's layers"
+        why = "only what a layer reads is moved there; the loss would be that of other weights"
+        fix = "use another optim"
         if not wrong:
-            wrong = [number for number in range(len(self._weights)) if number not in self._seen]
+            known = self._seen | {number for number, _ in read}
+            wrong = [number for number in range(len(self._weights)) if number not in known]
             what, why = "takes no part in the loss", "it would only be moved at random"
             fix = "freeze it: tuning.method: lora, with target_modules that the rows pass through"
         if wrong:
@@ -114,21 +127,40 @@ class ThroughModules:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which trained weights an operation reads while they are not moved."""
+    """Notes which trained weights an operation reads while they are not moved, and the module that runs it."""
 
     def __init__(self, unmoved: Callable[[Any], int | None]) -> None:
         super().__init__()
         self._unmoved = unmoved
-        self.read: set[int] = set()
+        self._running: list[torch.nn.Module] = []
+        self.read: set[tuple[int, torch.nn.Module | None]] = set()
+
+    @contextlib.contextmanager
+    def following(self, modules: list[torch.nn.Module]) -> Iterator[None]:
+        """Know which module runs."""
+
+        def enter(module: torch.nn.Module, *_: Any) -> None:
+            self._running.append(module)
+
+        def leave(*_: Any) -> None:
+            self._running.pop()
+
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            yield
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = {self._unmoved(value) for value in _flat([*args, *(kwargs or {}).values()])} - {None}
+        values = _flat([*args, *(kwargs or {}).values()])
+        found = {number for value in values if (number := self._unmoved(value)) is not None}
         result = function(*args, **(kwargs or {}))
         # Its shape, dtype and device may be asked for; `new_zeros` and `empty_like` take no more.
         name = getattr(function, "__name__", "")
         makes_tensors = any(isinstance(value, torch.Tensor) for value in _flat([result]))
         if makes_tensors and not name.startswith("new_") and not name.endswith("_like"):
-            self.read |= found
+            reader = self._running[-1] if self._running else None
+            self.read |= {(number, reader) for number in found}
         return result
 
 
@@ -140,15 +172,15 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
-def _owners(model: torch.nn.Module, numbers: dict[int, int]) -> list[tuple[torch.nn.Module, list[int]]]:
+def _owners(model: torch.nn.Module, numbers: dict[int, int]) -> dict[torch.nn.Module, set[int]]:
     """Return the modules whose forward reads trained weights, each with their numbers."""
     modules = dict(model.named_modules())
-    found: dict[str, list[int]] = {}
+    found: dict[torch.nn.Module, set[int]] = {}
     for name, module in modules.items():
-        own = [numbers[id(weight)] for weight in module._parameters.values() if id(weight) in numbers]
+        own = {numbers[id(weight)] for weight in module._parameters.values() if id(weight) in numbers}
         reader = name
         while own and reader and isinstance(modules[reader], _HOLDERS):
             reader = reader.rpartition(".")[0]
         if own:
-            found.setdefault(reader, []).extend(own)
-    return [(modules[name], sorted(set(own))) for name, own in found.items()]
+            found.setdefault(modules[reader], set()).update(own)
+    return found

@@ -98,8 +98,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _loss_at(self, seed: int, distance: float, loss_of: Callable[[], torch.Tensor]) -> torch.Tensor:
         torch.clear_autocast_cache()  # it may hold 16-bit copies of the weights at another point
         try:
-            with self._site.at(seed, distance):
-                return loss_of().detach().double()
+            return self._site.measure(loss_of, seed=seed, distance=distance).detach().double()
         finally:
             torch.clear_autocast_cache()
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ftune.fused.rounding import Kind, Rounding
-from ftune.fused.rule import SLICE
 
 _WORD = 2**64 - 1
+_SLICE = 1 << 20
+"""Entries computed in float32 at once. It is part of the log's format: other slices draw other numbers."""
 
 
 def mixed(*numbers: int) -> int:
@@ -50,8 +51,8 @@ class Points:
             self._generators[device] = torch.Generator(device=device)
         generator = self._generators[device].manual_seed(mixed(seed, number) >> 1)
         count = weight.numel() if chosen is None else chosen.numel()
-        for start in range(0, count, SLICE):
-            size = min(SLICE, count - start)
+        for start in range(0, count, _SLICE):
+            size = min(_SLICE, count - start)
             where = slice(start, start + size) if chosen is None else chosen[start : start + size].long()
             yield where, torch.randn(size, generator=generator, device=device)
 
