@@ -111,7 +111,8 @@ class ThroughModules:
         return number if number is not None and not self._depth[number] else None
 
     def _require_moved(self, read: set[tuple[int, torch.nn.Module | None]]) -> None:
-        wrong = sorted(number for number, module in read if module is None)
+        # A module that has it moved already and still reads it unmoved does so before its forward: no end otherwise.
+        wrong = sorted(number for number, reader in read if reader is None or number in self._owners.get(reader, ()))
         what = "is read by the loss itself, outside of the model's layers"
         why = "only what a layer reads is moved there; the loss would be that of other weights"
         fix = "use another optim"

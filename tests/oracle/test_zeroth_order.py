@@ -22,9 +22,9 @@ from training_runs import losses as losses_of_run
 
 import ftune
 from ftune import plugin
+from ftune.cli.rebuild import rebuild
 from ftune.errors import RecipeError, RunError
 from ftune.machine import probe
-from ftune.rebuild import rebuild
 from ftune.training import resuming
 from ftune.training.run import train
 from ftune.zeroth import log
@@ -301,7 +301,9 @@ class TestExactness:
         model, tokens = small(), batches(1)[0]
         optimizer = made(model, eps=0.1)
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            before = loss_of(model, tokens)().item()
             optimizer.learn(loss_of(model, tokens))
+            assert loss_of(model, tokens)().item() == before
         mixed = optimizer.grad_norm
         optimizer.learn(loss_of(model, tokens))
         assert mixed == pytest.approx(optimizer.grad_norm, rel=0.2)
@@ -324,6 +326,11 @@ class TestFaults:
             optimizer.learn(broken)
         model.inner._forward_pre_hooks.clear()
         assert hooks(model) == 0
+        assert same(before, model)
+        sparse = made(model, "sparse_mezo", density=1.0)
+        with pytest.raises(KeyboardInterrupt):
+            sparse.learn(broken)
+        model.inner._forward_pre_hooks.clear()
         assert same(before, model)
         optimizer.step()
         assert same(before, model)
@@ -729,7 +736,7 @@ class TestRuns:
 
     @pytest.mark.parametrize(("tuning", "dtype"), [("full", "bfloat16"), ("lora", "float32")])
     def test_resumed_and_rebuilt_to_the_same_bits(
-        self, tuning: str, dtype: str, tiny_model: Path, rows: Path, tmp_path: Path
+        self, tuning: str, dtype: str, tiny_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         settings = {**self.SETTINGS, "save_strategy": "steps", "save_steps": 3}
         values = recipe(
@@ -752,8 +759,8 @@ class TestRuns:
         assert same_bits(weights(halted), weights(run.directory))
         assert losses_of_run(halted) == losses_of_run(run.directory)
         assert (halted / log.NAME).read_bytes() == (tmp_path / "run" / log.NAME).read_bytes()
-        made = rebuild(Path(run.directory), tmp_path / "again")
-        assert made.steps == 6
+        rebuild(Path(run.directory), tmp_path / "again", None)
+        assert "after step 6" in capsys.readouterr().out
         (tmp_path / "again").rename(tmp_path / "model")
         rebuilt = weights(tmp_path)
         assert same_bits(rebuilt, weights(run.directory))
