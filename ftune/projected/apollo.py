@@ -71,9 +71,9 @@ class Apollo(Rule):
         squares = channel_squares(gradient, left=left)
         length = (factors.square() * squares).sum().sqrt()
         before = state.get("length", torch.zeros_like(length))
-        # The first step, and one after a step of zero, have nothing to be compared with. No number leaves the device.
+        # The first step, and one after a step of zero, have nothing to be compared with. No number leaves the device;
+        # a step of zero divides by zero, and infinity is cut to 1.
         shrunk = torch.where(before > 0, (options.norm_growth_limit * before / length).clamp(max=1), 1.0)
-        shrunk = torch.where(length > 0, shrunk, 1.0)
         state["length"] = length * shrunk
         return factors * shrunk
 

@@ -84,11 +84,11 @@ def test_state_types_of_a_large_matrix(name: str) -> None:
         assert numpy.abs(weight.detach().double().numpy() - formula((64, 128))).max() <= 1e-6
 
 
-def test_one_sign_in_a_hundred_differs_in_eight_bits() -> None:
+def test_few_signs_differ_in_eight_bits() -> None:
     """Lion moves every element by the whole rate, so 8-bit momentum shows only where a sign is in doubt."""
     weight, _ = run("lion_8bit", (64, 128), min_8bit_size=1)
     apart = numpy.abs(weight.detach().double().numpy() - lion((64, 128))) > _RATE
-    assert apart.mean() < 0.25
+    assert 0 < apart.mean() < 0.05
     near, _ = run("lion_8bit", (64, 128), min_8bit_size=100_000)
     assert numpy.abs(near.detach().double().numpy() - lion((64, 128))).max() <= 1e-6
 
