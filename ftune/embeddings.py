@@ -14,14 +14,19 @@ def embedding_weights(model: Any) -> list[Any]:
     return [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
 
 
+def end_weights(model: Any) -> list[Any]:
+    """Return the weights of a model's embedding layers and of its output layer, which may be one and the same."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(output, "weight", None)
+    return [*embedding_weights(model), *([] if weight is None else [weight])]
+
+
 def split_hidden(groups: list[dict[str, Any]], model: Any) -> list[dict[str, Any]]:
     """Return parameter groups in two parts each: `hidden` matrices, and embeddings, output layer and vectors.
 
     Without a model every matrix counts as hidden.
     """
-    ends = {id(weight) for weight in embedding_weights(model)}
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    ends.add(id(getattr(output, "weight", None)))
+    ends = {id(weight) for weight in end_weights(model)}
     split = []
     for group in groups:
         for hidden in (True, False):
