@@ -432,3 +432,25 @@ def test_bfloat16_weights_move_by_less_than_they_can_show(name: str) -> None:
     moved = float((1 - exact.detach()).mean())
     assert moved > 1e-5
     assert float((1 - weight.detach().float()).mean()) == pytest.approx(moved, rel=0.2)
+
+
+@pytest.mark.parametrize("name", PROJECTED)
+def test_inside_backward_it_is_the_same(name: str) -> None:
+    """Bit for bit, over a new projection, and no gradient is left."""
+    options = {"rank": 8, "update_proj_gap": 3}
+    torch.manual_seed(0)
+    kept, fused = tiny().bfloat16(), tiny().bfloat16()
+    fused.load_state_dict(kept.state_dict())
+    optimizers = made(name, kept, **options), made(f"{name}_layerwise", fused, **options)
+    noise = torch.Generator().manual_seed(4)
+    for _ in range(5):
+        ids = torch.randint(0, 260, (2, 12), generator=noise)
+        kept(input_ids=ids, labels=ids).loss.backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        optimizers[1].backward(fused(input_ids=ids, labels=ids).loss)
+        assert all(weight.grad is None for weight in fused.parameters())
+        optimizers[1].step()
+    for called, weight in kept.state_dict().items():
+        assert torch.equal(weight, fused.state_dict()[called]), called
+    optimizers[1].remove()
