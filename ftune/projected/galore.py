@@ -67,8 +67,9 @@ class GaLore(Rule):
 def leading_directions(gradient: torch.Tensor, rank: int, *, left: bool) -> torch.Tensor:
     """Return the leading singular vectors of a gradient (m, n): (m, rank) of its left, (n, rank) of its right.
 
-    A whole decomposition takes time in m^2 n for m <= n, and two more float32 copies of the gradient: on one CPU core 0.5 s
-    for 1024 x 1024 and 3 s for 2048 x 2048, and so about 25 s for 4096 x 4096. So it is done once in hundreds of steps.
+    A whole decomposition takes time in m^2 n for m <= n, and two more float32 copies of the gradient: on one CPU core
+    0.5 s for 1024 x 1024 and 3 s for 2048 x 2048, and so about 25 s for 4096 x 4096. So it is done once in hundreds of
+    steps.
     """
     whole = gradient.float()
     if not bool(whole.isfinite().all()):

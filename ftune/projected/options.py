@@ -36,7 +36,7 @@ class ApolloOptions(ProjectedOptions):
     """Options of APOLLO; APOLLO-Mini is rank 1, scale 128, scale_type tensor."""
 
     scale: Positive = 1.0
-    """The step of projected matrices is multiplied by its square root; at 1 it is sqrt(rank / shorter side) of Adam's."""
+    """The step of projected matrices is multiplied by its square root; at 1 it is sqrt(rank / width) of Adam's."""
     scale_type: Literal["channel", "tensor"] = "channel"
     """One learning rate for each channel of the longer side, or one for the whole matrix."""
     norm_growth_limit: Annotated[Number, Field(gt=1)] | None = 1.01
