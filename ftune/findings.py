@@ -61,7 +61,7 @@ ROW_FINDINGS = (
     Finding(
         "mark-in-text",
         "spell a special token of the tokenizer in their text",
-        "the model reads it as the mark itself: a quoted end of turn ends the turn, and whoever wrote it speaks for others",
+        "the model reads it as the mark itself: whoever quotes an end of turn ends the turn, and speaks for others",
         "take the token out of the rows, or spell it otherwise",
     ),
     Finding(

@@ -82,6 +82,10 @@ class Optimizer(Plugin):
     device_notes: ClassVar[Mapping[str, str]] = {}
     """What a user should know about it on one kind of device."""
 
+    def clips_itself(self, options: Any) -> bool:
+        """Return whether its options limit gradients already, so that the global norm need not."""
+        return any(getattr(options, key, None) is not None for key in ("clip_grad_value", "clip_grad_norm_per_tensor"))
+
     def accumulates(self, options: Any) -> bool:
         """Return whether the gradients of several micro-batches can become one step."""
         return self.gradients is not Gradients.FUSED or getattr(options, "accumulate", None) is not None
@@ -104,12 +108,18 @@ class Tuning(Plugin):
     frozen_base: ClassVar[bool] = False
     """Frozen weights need no float32 copy: they may be held in the compute dtype."""
 
+    delays_rate: ClassVar[bool] = False
+    """Whether several steps share a learning rate, which needs a schedule with a formula by step."""
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 
     @abstractmethod
     def apply(self, model: Any, options: Any) -> Any:
         """Return the model with exactly the declared weights trainable."""
+
+    def copies_in_float32(self, options: Any) -> bool:
+        """Return whether weights of 16 bits move through float32 copies, which lose no small update."""
+        return False
 
     def rotating(
         self,
@@ -119,6 +129,7 @@ class Tuning(Plugin):
         options: Any,
         *,
         seed: int,
+        steps_per_epoch: int,
     ) -> torch.optim.Optimizer:
         """Return an optimizer that moves some of the weights at each step, made with `build`.
 

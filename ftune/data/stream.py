@@ -29,7 +29,9 @@ Streamed = tuple[float | None, Part, Encoding]
 def stream(sources: Sequence[Streamed], data: Data, seed: int) -> datasets.IterableDataset:
     """Return the rows as an endless stream; the first of each source must have been looked at."""
     weights = weights_of([weight for weight, _, _ in sources], [1] * len(sources), None)
-    settings = {"sources": tuple(sources), "weights": weights, "packing": data.packing, "seed": seed}
+    # No lists among them: `datasets` takes those for shards, and deals out their items.
+    shares = None if weights is None else tuple(weights)
+    settings = {"sources": tuple(sources), "weights": shares, "packing": data.packing, "seed": seed}
     columns = ("input_ids", "labels", *(("position_ids",) if data.packing else ()))
     features: dict[str, Any] = {column: datasets.Sequence(datasets.Value("int64")) for column in columns}
     one = datasets.Value("int64")
@@ -39,7 +41,7 @@ def stream(sources: Sequence[Streamed], data: Data, seed: int) -> datasets.Itera
 
 
 def _stream(
-    sources: tuple[Streamed, ...], weights: list[float] | None, packing: bool, seed: int
+    sources: tuple[Streamed, ...], weights: tuple[float, ...] | None, packing: bool, seed: int
 ) -> Iterator[dict[str, Any]]:
     rows = _mixed(sources, weights, seed)
     if not packing:
@@ -50,7 +52,9 @@ def _stream(
         yield from _in_sequences(taken, sources[0][2].max_length)
 
 
-def _mixed(sources: tuple[Streamed, ...], weights: list[float] | None, seed: int) -> Iterator[tuple[TokenRow, int]]:
+def _mixed(
+    sources: tuple[Streamed, ...], weights: tuple[float, ...] | None, seed: int
+) -> Iterator[tuple[TokenRow, int]]:
     # Pass after pass in one stream: a resumed run then skips what was seen, whichever pass it was in.
     if weights is None:
         while True:

@@ -61,10 +61,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.load_own_state(state_dict["own"])
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "own"})
-        # PyTorch casts each state to its weight's dtype, and float32 statistics of bfloat16 weights with it.
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, (weight, _) in zip(numbers, self.weights(), strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, torch.Tensor):
-                    # A copy: what was loaded may be loaded again.
-                    self.state[weight][name] = value.to(weight.device, copy=True)
+        keep_state_dtypes(self, state_dict)
+
+
+def keep_state_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give the state that was just loaded the dtypes it was saved with.
+
+    PyTorch casts each state to its weight's dtype, and float32 statistics of bfloat16 weights with it: a resumed run
+    would go on from others than it stopped with.
+    """
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, weight in zip(numbers, weights, strict=True):
+        for name, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and value.dtype != optimizer.state[weight][name].dtype:
+                optimizer.state[weight][name] = value.to(weight.device, copy=True)

@@ -39,7 +39,16 @@ class Adafactor(Optimizer):
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from transformers.optimization import Adafactor as HuggingFaceAdafactor
 
-        return HuggingFaceAdafactor(
+        from ftune.fused.kept import keep_state_dtypes
+
+        class ResumableAdafactor(HuggingFaceAdafactor):
+            """Hugging Face's, whose float32 statistics stay so when they are loaded."""
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                super().load_state_dict(state_dict)
+                keep_state_dtypes(self, state_dict)
+
+        return ResumableAdafactor(
             groups,
             lr=learning_rate,
             eps=options.eps,

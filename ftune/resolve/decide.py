@@ -127,6 +127,8 @@ def _dtype(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisio
         yield Decision("model.dtype", "bfloat16", "frozen weights need no float32 copy; what is trained stays float32")
     elif tuning.frozen_base and recipe.training.fp16:
         yield Decision("model.dtype", "float16", "frozen weights need no float32 copy; what is trained stays float32")
+    elif tuning.copies_in_float32(recipe.tuning.options) and recipe.training.bf16:
+        yield Decision("model.dtype", "bfloat16", "what moves has float32 copies, so that no small update is lost")
     else:
         why = "trained weights keep small updates in float32" if not tuning.frozen_base else "what is computed in"
         yield Decision("model.dtype", "float32", why)
@@ -149,7 +151,10 @@ def _optimizer(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Dec
     if recipe.training.learning_rate == "auto":
         yield Decision("training.learning_rate", *plugin.customary_learning_rate(optimizer, tuning))
     if recipe.training.max_grad_norm == "auto":
-        yield Decision("training.max_grad_norm", optimizer.default_max_grad_norm, optimizer.max_grad_norm_reason)
+        limit, why = optimizer.default_max_grad_norm, optimizer.max_grad_norm_reason
+        if optimizer.clips_itself(recipe.optimizer.options):
+            limit, why = 0.0, "optim_args limits gradients already"
+        yield Decision("training.max_grad_norm", limit, why)
 
 
 def _evaluation(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:

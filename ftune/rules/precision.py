@@ -52,7 +52,9 @@ RULES: tuple[Rule, ...] = (
         id="pure-bf16-loses-small-updates",
         at="model.dtype",
         when=lambda f: (
-            _pure_half(f, "bfloat16") and f.optimizer.gradients is Gradients.KEPT and f.recipe.training.fp16 is not True
+            _pure_half(f, "bfloat16")
+            and not f.tuning.copies_in_float32(f.recipe.tuning.options)
+            and f.optimizer.gradients is Gradients.KEPT and f.recipe.training.fp16 is not True
         ),
         what="pure bfloat16 weights lose small updates",
         because="{optim} rounds each update to 8 bits of precision: at a rate of 1e-5 the loss may not move at all",

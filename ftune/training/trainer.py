@@ -79,6 +79,8 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         if self.method.gradients in STEPS:
             self._step = STEPS[self.method.gradients]()
             self.accelerator.scaler = None  # it scales the loss itself, and could not unscale gradients that are gone
+        # Noted before the first step: where weights move in turn, only those of the coming step require a gradient.
+        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
@@ -135,7 +137,10 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
             groups = [group for group in groups if group["params"]]
             tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
             if tuning.rotates:
-                self.optimizer = tuning.rotating(self.model, groups, build, options, seed=training.seed)
+                steps = self.steps_per_epoch()
+                self.optimizer = tuning.rotating(
+                    self.model, groups, build, options, seed=training.seed, steps_per_epoch=steps
+                )
             else:
                 self.optimizer = build(groups)
         return self.optimizer
@@ -213,8 +218,7 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
     def stop_if_weights_not_finite(self) -> None:
         """Raise RunError where weights about to be saved are not numbers; the last update is in no loss yet."""
         self.stop_if_not_finite()
-        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
-        if not all(bool(torch.isfinite(weight).all()) for weight in trained):
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.trained):
             self._refuse("weights are not numbers")
 
     def _refuse(self, what: str) -> None:
@@ -429,21 +433,25 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         """Return how many optimizer steps the run will take."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
+        return math.ceil(self.steps_per_epoch() * self.args.num_train_epochs)
+
+    def steps_per_epoch(self) -> int:
+        """Return how many optimizer steps see each row once; of a stream, which has no end, those of the run."""
         if (planned := self.planned_batches) is not None:
             batches = len(planned)
-        else:
+        elif isinstance(self.train_dataset, Sequences):
             rows = len(self.train_dataset)
             batches = math.ceil(rows / (self.args.train_batch_size * self.accelerator.num_processes))
-        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
-        return math.ceil(per_epoch * self.args.num_train_epochs)
+        else:
+            return int(self.args.max_steps)
+        return max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def saved_bytes(self) -> tuple[int, int]:
         """Return about how many bytes a checkpoint and the final model take on the disk."""
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        kept = trained if plugin.tuning(self.recipe.tuning.method).has_adapter else list(self.model.parameters())
+        kept = self.trained if plugin.tuning(self.recipe.tuning.method).has_adapter else list(self.model.parameters())
         weights = checkpoint.tensor_bytes(kept)
         state = plugin.optimizer(self.recipe.optimizer.method).state_bytes_per_parameter
-        return weights + int(state * sum(weight.numel() for weight in trained)), weights
+        return weights + int(state * sum(weight.numel() for weight in self.trained)), weights
 
 
 def _told_apart(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,25 +100,15 @@ class TestWhatIsLeftBehind:
         assert "\x1b[" not in output
         assert "\r" not in output
         assert "training.max_grad_norm" in output
+        said = re.search(
+            r"train: \d+ messages rows.* a row has p50 (\d+), p95 (\d+), p99 (\d+), at most (\d+)\n", output
+        )
+        assert said is not None
+        assert sorted(map(int, said.groups())) == list(map(int, said.groups()))
+        padded = re.search(r"train: ([\d.]+)% of the places in a batch are padding", output)
+        assert padded is not None
+        assert 0 < float(padded[1]) < 60
         assert not run[2].stderr.strip(), run[2].stderr
-
-
-@pytest.mark.parametrize(
-    ("optim", "rate"),
-    [
-        ("adamw_torch", 3e-3),
-        ("adamw_torch_fused", 3e-3),
-        ("adafactor", 3e-3),
-        ("adamw_8bit", 3e-3),
-        ("paged_adamw_8bit", 3e-3),
-        ("sgd", 0.3),
-    ],
-)
-def test_every_optimizer_learns(optim: str, rate: float, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
-    settings = {"optim": optim, "learning_rate": rate, "num_train_epochs": 3}
-    run = ftune.train(recipe(tiny_model, rows, tmp_path / "run", training=settings))
-    found = losses(run.directory)
-    assert sum(found[-4:]) < 0.95 * sum(found[:4])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"])

@@ -56,6 +56,19 @@ def test_weights_decide_how_often_a_source_is_seen(
     assert all(set(line["loss_by_source"]) <= {"words", "terms"} for line in metrics(result.directory))
 
 
+def test_streamed_sources_are_told_apart_too(tiny_model: Path, sources: tuple[Path, Path], tmp_path: Path) -> None:
+    words, terms = map(str, sources)
+    data = {"train": [{"path": words, "weight": 1}, {"path": terms, "weight": 1}], "streaming": True}
+    settings = {"max_steps": 4, "per_device_train_batch_size": 8}
+    result = ftune.train(recipe(tiny_model, sources[0], tmp_path / "run", data=data, training=settings))
+    trained = [line for line in metrics(result.directory) if "loss" in line]
+    assert len(trained) == 4
+    for line in trained:
+        told = line["loss_by_source"]
+        assert set(told) == {"words", "terms"}
+        assert min(told.values()) < line["loss"] < max(told.values())
+
+
 @pytest.mark.parametrize("settings", [{"group_by_length": True}, {"max_tokens_per_batch": 500}], ids=str)
 def test_planned_batches_see_every_row_and_are_resumed_to_the_same_bits(
     settings: dict[str, Any], tiny_model: Path, sources: tuple[Path, Path], tmp_path: Path

@@ -29,6 +29,7 @@ def test_an_interrupted_command_says_so(tmp_path: Path) -> None:
             time.sleep(0.05)
             with contextlib.suppress(OSError):  # nobody reads yet
                 writer = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.5)  # from opening to reading
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     finally:

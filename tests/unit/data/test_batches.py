@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,7 +45,7 @@ def test_padding_share_is_the_share_of_empty_places() -> None:
 def test_ranks_share_out_the_batches_and_epochs_differ() -> None:
     lengths = numpy.random.default_rng(0).integers(1, 50, 100)
     batches = batches_of(lengths, rows=4, most_tokens=None, ranks=2, seed=7)
-    ranks = [PlannedBatches(batches, rank=rank, ranks=2, seed=7) for rank in range(2)]
+    ranks = [PlannedBatches(batches, lengths, rank=rank, ranks=2, seed=7) for rank in range(2)]
     first = [list(rank) for rank in ranks]
     assert len(first[0]) == len(first[1]) == len(ranks[0])
     assert sorted(row for rank in first for batch in rank for row in batch) == list(range(100))
@@ -52,3 +53,18 @@ def test_ranks_share_out_the_batches_and_epochs_differ() -> None:
     ranks[0].set_epoch(1)
     assert list(ranks[0]) != first[0]
     assert sorted(map(sorted, ranks[0])) == sorted(map(sorted, first[0]))
+
+
+@pytest.mark.parametrize("most", [None, 300])
+def test_the_largest_batch_comes_first_once(most: int | None) -> None:
+    lengths = numpy.random.default_rng(3).integers(1, 99, 200)
+    lengths[17] = 250
+    batches = batches_of(lengths, rows=4, most_tokens=most, ranks=2, seed=1)
+    ranks = [PlannedBatches(batches, lengths, rank=rank, ranks=2, seed=1) for rank in range(2)]
+    places = [max(len(batch) * lengths[batch].max() for batch in step) for step in zip(*ranks, strict=True)]
+    assert places[0] == max(len(batch) * lengths[batch].max() for batch in batches)
+    assert sorted(row for rank in ranks for batch in rank for row in batch) == list(range(200))
+    for rank in ranks:
+        rank.set_epoch(1)
+    later = [max(len(batch) * lengths[batch].max() for batch in step) for step in zip(*ranks, strict=True)]
+    assert later[0] != places[0], "later epochs know already that it fits"

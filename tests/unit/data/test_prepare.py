@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from ftune.data.faults import Faults
+from ftune.data.parts import Part
 from ftune.data.prepare import Prepared, prepare
 from ftune.errors import DataError
 from ftune.plugin import Conversation, PlainText, Turn
@@ -90,6 +92,33 @@ def test_a_share_is_held_out_by_the_seed(tokenizer: Any, write_rows: Any) -> Non
     assert answers(tokenizer, other.eval) != held_out
     assert [EXPECTED.index(answer) for answer in train] == sorted(EXPECTED.index(answer) for answer in train)
     assert first.prompts[0] == Conversation((Turn("user", f"what is {EXPECTED.index(held_out[0])}?"),))
+
+
+def test_rows_are_counted_once_for_a_share_held_out(
+    tokenizer: Any, write_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(ROWS)
+    first = prepared(tokenizer, tmp_path, train=path, eval=0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr("ftune.data.parts.Part.rows", reads_few)
+        again = prepared(tokenizer, tmp_path, train=path, eval=0.1)
+    assert answers(tokenizer, again.eval) == answers(tokenizer, first.eval)
+    # Other rows under the same name are other rows.
+    write_rows([*ROWS, *ROWS])
+    assert len(prepared(tokenizer, tmp_path, train=path, eval=0.1).eval) == 12
+
+
+def reads_few(part: Part, faults: Faults, rows: Any = Part.rows) -> Any:
+    """Yield a part's rows, and fail where more than what prompts are taken from are wanted."""
+    for at, row in enumerate(rows(part, faults)):
+        assert at < 5, "every row was read again"
+        yield row
+
+
+def test_a_prompt_brings_its_tools(tokenizer: Any, write_rows: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    made = prepared(tokenizer, train=write_rows([{**row, "tools": tools} for row in ROWS[:3]]))
+    assert made.prompts[0] == Conversation((Turn("user", "what is 0?"),), tools=tuple(tools))
 
 
 def test_a_small_share_is_one_row_and_one_row_has_no_share(tokenizer: Any, write_rows: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import json
 import re
@@ -314,7 +315,7 @@ def test_generation_is_asked_with_the_tokens_that_training_put_before_the_answer
     kind = FAMILIES[name].kinds[-1]
     tokenizer, conversation = tokenizer_of(name, kind), conversation_of("turns")
     row = encoded(tokenizer, conversation, train_on_turns="last")
-    asked = generate.encode(tokenizer, conversation.turns[:-1])[0].tolist()
+    asked = generate.encode(tokenizer, dataclasses.replace(conversation, turns=conversation.turns[:-1]))[0].tolist()
     if name == "deepseek":
         assert asked.pop() == tokenizer("\n")["input_ids"][0]
         assert tokenizer.decode(asked.pop()) == "<think>"
@@ -327,7 +328,7 @@ def test_chat_says_which_role_its_template_refuses() -> None:
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer = with_template("gemma", refuses + FAMILIES["gemma"].template)
     with pytest.raises(RecipeError, match="refuses the role `system`"):
-        generate.encode(tokenizer, conversation_of("system").turns[:2])
+        generate.encode(tokenizer, Conversation(conversation_of("system").turns[:2]))
 
 
 def test_nothing_else_renders() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -109,11 +110,20 @@ def test_content_hash_is_remembered_until_the_file_changes(tmp_path: Path, monke
     path = tmp_path / "file"
     path.write_bytes(b"one")
     monkeypatch.setattr("ftune.cache._SETTLED_SECONDS", 0.0)
+    status = path.stat()
     first = content_hash(path)
     assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
     monkeypatch.setattr("ftune.cache.sha256_of", lambda _: pytest.fail("read again"))
     assert content_hash(path) == first
     monkeypatch.undo()
     monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))
-    path.write_bytes(b"other")
-    assert content_hash(path) != first
+    path.write_bytes(b"two")
+    os.utime(path, ns=(path.stat().st_atime_ns, status.st_mtime_ns))
+    assert content_hash(path) != first, "as long, and said to be as old"
+    monkeypatch.setattr("ftune.cache._SETTLED_SECONDS", 3600.0)
+    path.write_bytes(b"six")
+    content_hash(path)
+    reads = []
+    monkeypatch.setattr("ftune.cache.sha256_of", lambda path: reads.append(path) or "digest")
+    content_hash(path)
+    assert reads, "what changed a moment ago may change again within one tick of the clock"

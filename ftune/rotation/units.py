@@ -1,0 +1,103 @@
+"""What a model is made of, from the bottom up: its embedding, each of its layers, its head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftune.errors import Problem, RecipeError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that move together."""
+
+    name: str
+    weights: tuple[torch.nn.Parameter, ...]
+
+
+@dataclass(frozen=True)
+class Units:
+    """All weights of a model, each in exactly one unit; a shared weight is in the lowest."""
+
+    embedding: Unit
+    layers: tuple[Unit, ...]
+    head: Unit
+
+    @property
+    def in_order(self) -> tuple[Unit, ...]:
+        """From the bottom up."""
+        return (self.embedding, *self.layers, self.head)
+
+
+def units_of(model: Any) -> Units:
+    """Return a model's units; raise RecipeError where it has no list of layers.
+
+    The layers are the largest list of modules. The embedding is what embeds tokens and whatever the model lists before
+    its layers, position embeddings among it; the head is the rest: the final norm, and an output layer of its own.
+    OPT lists its final norm before its layers, which so moves with the embedding.
+    """
+    layers = _layers(model)
+    in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
+    below, above, passed = _weights_of(model, "get_input_embeddings"), [], False
+    output = {id(weight) for weight in _weights_of(model, "get_output_embeddings")}
+    for weight in model.parameters():
+        if id(weight) in in_layers:
+            passed = True
+        elif passed or id(weight) in output:
+            above.append(weight)
+        else:
+            below.append(weight)
+    taken: set[int] = set()
+    return Units(
+        _unit("embedding", below, taken),
+        tuple(_unit(f"layer {number}", layer.parameters(), taken) for number, layer in enumerate(layers)),
+        _unit("head", above, taken),
+    )
+
+
+def free_all(model: Any) -> Any:
+    """Return the model with every weight trained; raise RecipeError where they are stored as integers."""
+    if getattr(model, "is_quantized", False):
+        what = "the weights of a quantised model cannot be moved, neither all at once nor in turn"
+        fix = "set tuning.method: lora, or name the unquantised model"
+        raise RecipeError(Problem("base-quantised", what, why="they are stored as integers", fix=fix))
+    model.requires_grad_(True)
+    return model
+
+
+def _unit(name: str, weights: Iterable[torch.nn.Parameter], taken: set[int]) -> Unit:
+    own = []
+    for weight in weights:
+        if id(weight) not in taken:
+            taken.add(id(weight))
+            own.append(weight)
+    return Unit(name, tuple(own))
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """Return the blocks of the list that holds most elements: experts and branches are lists within its blocks."""
+    found: list[torch.nn.Module] = []
+    largest = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            size = sum(weight.numel() for weight in module.parameters())
+            if size > largest:
+                found, largest = [block for block in module if any(True for _ in block.parameters())], size
+    if not found:
+        what = f"the layers of a {type(model).__name__} are not found"
+        why = "looked for a torch.nn.ModuleList of blocks with weights; training in turn goes from block to block"
+        raise RecipeError(Problem("layers-not-found", what, why=why, fix="set tuning.method: full or lora"))
+    return found
+
+
+def _weights_of(model: Any, getter: str) -> list[torch.nn.Parameter]:
+    """Return the weights of the module that a transformers model names, if it names one."""
+    try:
+        module = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return []
+    return list(module.parameters()) if isinstance(module, torch.nn.Module) else []

@@ -1,0 +1,80 @@
+"""BAdam (Luo et al., 2024): one layer is trained for some steps, then the next, each time from fresh moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ftune.options import Flag, Integer, Options
+from ftune.plugin import Tuning
+
+_SHORTEST, _LONGEST = 50, 100
+
+
+class BAdamOptions(Options):
+    """Options of BAdam."""
+
+    interval: Literal["auto"] | Annotated[Integer, Field(ge=1)] = 50
+    """So many optimizer steps move one block; `auto` shares an epoch's steps out among the blocks, 50 to 100 each."""
+    order: Literal["random", "ascending", "descending"] = "random"
+    """The order in which blocks take turns: a new one by chance for each sweep, from the bottom up, or from the top."""
+    include_embedding: Flag = False
+    """Whether the embedding is a block too; otherwise it is never trained."""
+    include_head: Flag = False
+    """Whether the final norm and the output layer are a block too; otherwise they are never trained."""
+
+
+class BAdam(Tuning):
+    name = "badam"
+    summary = "One layer is trained for some steps, then the next, with a float32 copy of that layer alone."
+    rotates = True
+    Options = BAdamOptions
+
+    def apply(self, model: Any, options: Any) -> Any:
+        from ftune.rotation.units import free_all, units_of
+
+        free_all(model)
+        units = units_of(model)
+        for unit, included in ((units.embedding, options.include_embedding), (units.head, options.include_head)):
+            for weight in unit.weights:
+                weight.requires_grad_(included)
+        return model
+
+    def copies_in_float32(self, options: Any) -> bool:
+        return True
+
+    def rotating(
+        self,
+        model: Any,
+        groups: list[dict[str, Any]],
+        build: Callable[[list[dict[str, Any]]], Any],
+        options: Any,
+        *,
+        seed: int,
+        steps_per_epoch: int,
+    ) -> Any:
+        from ftune.rotation.optimizer import RotatingOptimizer, parts_of
+        from ftune.rotation.plans import Turns
+        from ftune.rotation.units import units_of
+
+        blocks = parts_of(units_of(model).in_order, groups, build, with_masters=True)
+        order = list(range(len(blocks)))
+        if options.order == "descending":
+            order.reverse()
+        interval = options.interval
+        if interval == "auto":
+            interval = customary_interval(steps_per_epoch, len(blocks))
+        plan = Turns(
+            [(number,) for number in order], interval=interval, seed=seed if options.order == "random" else None
+        )
+        return RotatingOptimizer(blocks, plan, asleep="drop")
+
+
+def customary_interval(steps_per_epoch: int, blocks: int) -> int:
+    """Return the paper's K = min(max(n / (B D), 50), 100): n / B steps of an epoch shared out among D blocks."""
+    return min(max(steps_per_epoch // blocks, _SHORTEST), _LONGEST)
+
+
+plugin = BAdam()
