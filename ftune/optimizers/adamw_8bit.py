@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ftune.embeddings import embedding_weights, keep_in_32_bits
 from ftune.options import Adam8bitOptions
 from ftune.plugin import Optimizer, Setting
 
@@ -12,16 +13,19 @@ class AdamW8bit(Optimizer):
     name = "adamw_8bit"
     summary = "AdamW whose two running means take one byte each; 75 % less optimizer memory."
     state_bytes_per_parameter = 2.03125
-    state_bytes_note = "two bytes and 2 x 4 / 256 of block scales; 8 bytes for tensors below min_8bit_size"
+    state_bytes_note = (
+        "two bytes and 2 x 4 / 256 of block scales; 8 bytes for embeddings and for tensors below min_8bit_size"
+    )
     needs = ("bitsandbytes",)
     Options = Adam8bitOptions
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
 
-        return BitsAndBytesAdamW8bit(
+        made = BitsAndBytesAdamW8bit(
             groups, lr=learning_rate, betas=options.betas, eps=options.eps, min_8bit_size=options.min_8bit_size
         )
+        return keep_in_32_bits(made, embedding_weights(setting.model))
 
 
 plugin = AdamW8bit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from ftune.embeddings import embedding_weights, keep_in_32_bits
 from ftune.options import Adam8bitOptions
 from ftune.plugin import Optimizer, Setting
 
@@ -13,7 +14,9 @@ class PagedAdamW8bit(Optimizer):
     name = "paged_adamw_8bit"
     summary = "8-bit AdamW with states in unified memory: peaks spill to the host instead of failing."
     state_bytes_per_parameter = 2.03125
-    state_bytes_note = "two bytes and 2 x 4 / 256 of block scales; 8 bytes for tensors below min_8bit_size"
+    state_bytes_note = (
+        "two bytes and 2 x 4 / 256 of block scales; 8 bytes for embeddings and for tensors below min_8bit_size"
+    )
     needs = ("bitsandbytes",)
     device_notes: ClassVar[Mapping[str, str]] = {
         "cpu": "without a GPU there is nothing to page: its states are those of adamw_8bit"
@@ -25,7 +28,8 @@ class PagedAdamW8bit(Optimizer):
 
         # The same mathematics; on a CPU the paged one would warn at every run that it does not page.
         kind = optim.PagedAdamW8bit if setting.device_type == "cuda" else optim.AdamW8bit
-        return kind(groups, lr=learning_rate, betas=options.betas, eps=options.eps, min_8bit_size=options.min_8bit_size)
+        made = kind(groups, lr=learning_rate, betas=options.betas, eps=options.eps, min_8bit_size=options.min_8bit_size)
+        return keep_in_32_bits(made, embedding_weights(setting.model))
 
 
 plugin = PagedAdamW8bit()

@@ -1,0 +1,42 @@
+"""Lion with 8-bit momentum (Chen et al., 2023; Dettmers et al., 2021), from bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from ftune.embeddings import embedding_weights, keep_in_32_bits
+from ftune.options import Fraction, Integer, Options
+from ftune.plugin import Optimizer, Setting
+
+
+class Lion8bitOptions(Options):
+    """Options of 8-bit Lion."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """Weight of the momentum in the update, and decay rate of the momentum."""
+    min_8bit_size: Integer = Field(default=4096, ge=1)
+    """Tensors with fewer elements keep a 32-bit state."""
+
+
+class Lion8bit(Optimizer):
+    name = "lion_8bit"
+    summary = "The sign of a momentum: one 8-bit state per weight."
+    state_bytes_per_parameter = 1.015625
+    state_bytes_note = (
+        "one byte and 4 / 256 of block scales; 4 bytes for embeddings and for tensors below min_8bit_size"
+    )
+    default_learning_rate = 1e-5
+    learning_rate_reason = "every weight moves by the whole rate, so Lion wants 3 to 10 times less than AdamW"
+    needs = ("bitsandbytes",)
+    Options = Lion8bitOptions
+
+    def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
+        from bitsandbytes.optim import Lion8bit as BitsAndBytesLion8bit
+
+        made = BitsAndBytesLion8bit(groups, lr=learning_rate, betas=options.betas, min_8bit_size=options.min_8bit_size)
+        return keep_in_32_bits(made, embedding_weights(setting.model))
+
+
+plugin = Lion8bit()
