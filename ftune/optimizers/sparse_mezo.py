@@ -29,6 +29,7 @@ class SparseMeZO(Optimizer):
     name = "sparse_mezo"
     summary = "MeZO that moves only the most sensitive weights: less noise in each step, a small result."
     gradients = Gradients.NONE
+    calibrates = True
     state_bytes_per_parameter = 0.004
     state_bytes_note = "4 bytes for each weight that moves, at a density of 0.001"
     default_learning_rate = 1e-6

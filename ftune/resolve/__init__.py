@@ -22,7 +22,10 @@ from ftune.rules import check, is_machine_rule, newly_broken
 __all__ = ["Decision", "RunSpec", "check_later", "data_files", "examine", "findings", "raise_errors", "resolve"]
 
 _SEVERITIES = ("error", "warning", "note")
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "safetensors")
+_PACKAGES = (
+    *("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "tokenizers", "safetensors"),
+    "schedulefree",
+)
 
 
 def findings(loaded: Loaded, machine: Machine | None, *, trains: bool = True) -> list[Problem]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ftune.machine import Gpu, Machine
 from ftune.rules.rule import Facts, Rule
 
-_NAMES = ("torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "flash_attn")
+_NAMES = ("torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "flash_attn", "schedulefree")
 _PACKAGES = dict.fromkeys(_NAMES, "1")
 _CPU = Machine(packages=_PACKAGES)
 _TURING = Machine(gpus=(Gpu("Tesla T4", 16 * 2**30, (7, 5)),), packages=_PACKAGES)

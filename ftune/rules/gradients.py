@@ -14,6 +14,12 @@ def _option(facts: Facts, key: str) -> object:
     return getattr(facts.recipe.optimizer.options, key, None)
 
 
+def _adapter_is_narrower(facts: Facts) -> bool:
+    """Whether an optimizer that projects matrices gets only those of an adapter no wider than its rank."""
+    rank, width = _option(facts, "rank"), getattr(facts.recipe.tuning.options, "r", None)
+    return isinstance(rank, int) and isinstance(width, int) and facts.tuning.has_adapter and width <= rank
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         id="fused-gradients-are-not-accumulated",
@@ -129,5 +135,118 @@ RULES: tuple[Rule, ...] = (
         also=(("training.optim", "keeps no gradients"),),
         bad={"tuning": {"method": "hift"}, "training": {"optim": "lomo"}},
         good={"tuning": {"method": "hift"}, "training": {"optim": "adamw_torch"}},
+    ),
+    Rule(
+        id="forward-only-is-not-compiled",
+        at="training.torch_compile",
+        when=lambda f: _is(f, Gradients.NONE) and f.recipe.training.torch_compile,
+        what="{optim} does not run on a compiled model",
+        because="it exchanges weights around the forward of each layer, and a compiled graph has them fixed",
+        instead="set torch_compile: false",
+        also=(("training.optim", "exchanges weights"),),
+        bad={"training": {"optim": "mezo", "torch_compile": True}},
+        good={"training": {"optim": "mezo"}},
+    ),
+    Rule(
+        id="no-backward-to-checkpoint",
+        at="training.gradient_checkpointing",
+        when=lambda f: (
+            _is(f, Gradients.NONE) and not f.optimizer.calibrates and f.recipe.training.gradient_checkpointing
+        ),
+        what="gradient_checkpointing does nothing here",
+        because="{optim} makes no backward pass that would need activations",
+        instead="remove gradient_checkpointing",
+        severity="note",
+        bad={"training": {"optim": "mezo", "gradient_checkpointing": True}},
+        good={"training": {"optim": "mezo"}},
+    ),
+    Rule(
+        id="adapters-are-not-thinned-out",
+        at="tuning.method",
+        when=lambda f: f.optimizer.calibrates and f.tuning.has_adapter,
+        what="{optim} has nothing to choose from in an adapter",
+        because="half of its matrices begin at zero, where the gradients of the other half are zero",
+        instead="set optim: mezo, or tuning.method: full",
+        also=(("training.optim", "chooses weights by their gradients"),),
+        bad={"tuning": {"method": "lora"}, "training": {"optim": "sparse_mezo"}},
+        good={"training": {"optim": "sparse_mezo"}},
+    ),
+    Rule(
+        id="forward-only-rate",
+        at="training.learning_rate",
+        when=lambda f: _is(f, Gradients.NONE) and not f.tuning.has_adapter and f.learning_rate > 1e-3,
+        what="a rate of {learning_rate} is that of a method with gradients",
+        because="the estimate is as long as the gradient times the root of the number of weights",
+        instead="set learning_rate: auto, or between 1e-7 and 1e-5",
+        severity="warning",
+        bad={"training": {"optim": "mezo", "learning_rate": 1e-2}},
+        good={"training": {"optim": "mezo", "learning_rate": 1e-6}},
+    ),
+    Rule(
+        id="forward-only-adapter",
+        at="tuning.method",
+        when=lambda f: (
+            _is(f, Gradients.NONE)
+            and f.tuning.has_adapter
+            and not f.optimizer.calibrates
+            and "eps" not in f.recipe.training.optim_args
+        ),
+        what="adapters want larger steps from {optim}",
+        because="the paper's runs with LoRA have eps 1e-2 and a rate of 5e-5 to 1e-4",
+        instead="set optim_args: {{eps: 1e-2}} and learning_rate: 5e-5",
+        severity="note",
+        bad={"tuning": {"method": "lora"}, "training": {"optim": "mezo"}},
+        good={"tuning": {"method": "lora"}, "training": {"optim": "mezo", "optim_args": {"eps": 1e-2}}},
+    ),
+    Rule(
+        id="average-needs-a-constant-rate",
+        at="training.lr_scheduler_type",
+        when=lambda f: (
+            f.optimizer.averages and f.recipe.training.lr_scheduler_type not in ("constant", "constant_with_warmup")
+        ),
+        what="{optim} wants a constant learning rate",
+        because="its average does what a falling rate is for: with both, late steps hardly count",
+        instead="set lr_scheduler_type: constant_with_warmup",
+        also=(("training.optim", "averages its steps"),),
+        severity="warning",
+        bad={"training": {"optim": "schedule_free_adamw", "lr_scheduler_type": "cosine"}},
+        good={"training": {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant_with_warmup"}},
+    ),
+    Rule(
+        id="averages-take-no-turns",
+        at="tuning.method",
+        when=lambda f: f.tuning.rotates and f.optimizer.averages,
+        what="{tuning} does not go with {optim}",
+        because="{optim} evaluates and saves an average of all steps of a weight, and {tuning} stops and begins anew",
+        instead="set optim: adamw_torch, or tuning.method: full",
+        also=(("training.optim", "averages its steps"),),
+        bad={
+            "tuning": {"method": "lisa"},
+            "training": {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
+        },
+        good={"tuning": {"method": "lisa"}, "training": {"optim": "adamw_torch"}},
+    ),
+    Rule(
+        id="nothing-to-project",
+        at="training.optim_args",
+        when=_adapter_is_narrower,
+        what="{optim} projects nothing here",
+        because="matrices that are no wider than its rank get plain AdamW, and so do all of this adapter",
+        instead="set optim: adamw_torch, or tuning.method: full",
+        also=(("tuning.r", "no wider"),),
+        severity="warning",
+        bad={"tuning": {"method": "lora", "r": 16}, "training": {"optim": "galore_adamw"}},
+        good={"training": {"optim": "galore_adamw"}},
+    ),
+    Rule(
+        id="one-direction-needs-a-scale",
+        at="training.optim_args",
+        when=lambda f: _option(f, "scale_type") is not None and _option(f, "rank") == 1 and _option(f, "scale") == 1.0,
+        what="rank 1 with scale 1 moves far too little",
+        because="Adam in one of m dimensions steps sqrt(1 / m) as far as in all of them",
+        instead="set optim_args: {{rank: 1, scale: 128, scale_type: tensor}}, which is APOLLO-Mini",
+        severity="warning",
+        bad={"training": {"optim": "apollo_adamw", "optim_args": {"rank": 1}}},
+        good={"training": {"optim": "apollo_adamw", "optim_args": {"rank": 1, "scale": 128, "scale_type": "tensor"}}},
     ),
 )

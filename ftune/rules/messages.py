@@ -28,6 +28,10 @@ MESSAGES = {
     "attention-unsupported": "The model has no code for the `model.attn_implementation` that is set.",
     "base-quantised": "The model's weights are stored in few bits: they can carry an adapter, but be neither trained "
     "themselves nor merged with.",
+    "rebuild-device": "Random numbers differ between kinds of device: a run is rebuilt on the kind it was made on.",
+    "zeroth-order-calibration": "No weight could be chosen: the calibration batches gave no gradients.",
+    "zeroth-order-log": "The log of steps of a zeroth-order run is damaged, or does not go with the weights.",
+    "zeroth-order-reads": "A trained weight is read elsewhere than in its own layer, so that it cannot be perturbed.",
     "layers-not-found": "The model has no list of layers, which a method that trains layer by layer needs.",
     "lisa-layers": "`tuning.activated_layers` is more than the model has.",
     "lora-options": "PEFT refuses these options of lora together.",

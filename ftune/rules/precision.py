@@ -55,6 +55,7 @@ RULES: tuple[Rule, ...] = (
             _pure_half(f, "bfloat16")
             and not f.tuning.copies_in_float32(f.recipe.tuning.options)
             and f.optimizer.gradients is Gradients.KEPT
+            and getattr(f.recipe.optimizer.options, "rounding", "nearest") != "stochastic"
             and f.recipe.training.fp16 is not True
         ),
         what="pure bfloat16 weights lose small updates",

@@ -50,6 +50,7 @@ def finish(
         raise Interrupted(
             Problem("interrupted", f"stopped at step {trainer.state.global_step}; saved {saved}", fix=fix)
         )
+    trainer.show_average()
     best = trainer.best_checkpoint()
     if trainer.recipe.training.load_best_model_at_end and best is not None:
         trainer.load_best(best)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ftune.losses import IGNORED
 from ftune.plugin import Gradients
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ class ForwardStep:
         self._waiting: list[Batch] = []
 
     def __call__(self, trainer: FtuneTrainer, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
+        if getattr(trainer.own_optimizer, "calibration_batches", 0):
+            self._calibrate(trainer, model)
         self._waiting.append(trainer._prepare_inputs(inputs))
         if not trainer.accelerator.sync_gradients:
             return torch.zeros((), device=trainer.args.device)
@@ -51,6 +56,31 @@ class ForwardStep:
         loss: torch.Tensor = trainer.own_optimizer.learn(loss_of)
         model.train()
         return loss.detach().float()
+
+    def _calibrate(self, trainer: FtuneTrainer, model: Any) -> None:
+        """Let the optimizer look at the gradients of some batches, once; a resumed one has its choice already."""
+        wanted = trainer.own_optimizer.calibration_batches
+
+        def losses() -> Iterator[torch.Tensor]:
+            for batch in batches:
+                count = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+                with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                    loss = trainer.objective.loss(
+                        model,
+                        batch,
+                        num_items=count,
+                        label_smoothing=trainer.recipe.training.label_smoothing_factor,
+                        options=trainer.recipe.objective.options,
+                    )
+                yield loss
+
+        # Layers are checkpointed in training mode only; without that, dropout stays off.
+        model.train(trainer.args.gradient_checkpointing)
+        with trainer.aside():
+            loader = trainer.get_train_dataloader()
+            batches = [trainer._prepare_inputs(batch) for batch in itertools.islice(loader, wanted)]
+            loader.end()  # accelerate would take one that was not read to its end for the loader in use
+            trainer.own_optimizer.calibrate(losses)
 
 
 STEPS: dict[Gradients, type[FusedStep | ForwardStep]] = {Gradients.FUSED: FusedStep, Gradients.NONE: ForwardStep}

@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ftune import plugin, rundir
 from ftune.data.batches import PlannedBatches, batches_of
 from ftune.data.sequences import Sequences
+from ftune.embeddings import end_weights
 from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
 from ftune.recipe.schema import Recipe
@@ -244,10 +245,16 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
         super().log(logs)
 
+    def show_average(self) -> None:
+        """Put the average into the weights, where the optimizer keeps one; training goes on from where it was."""
+        if hasattr(self.own_optimizer, "eval"):
+            self.own_optimizer.eval()  # the Trainer calls `train` before each batch
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Do something beside training: off the clock, and without drawing from training's random numbers."""
         self.meter.stop_clock()
+        self.show_average()
         states = random.getstate(), numpy.random.get_state()
         devices = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
         try:
@@ -450,8 +457,12 @@ class FtuneTrainer(Trainer):  # type: ignore[misc]
         """Return about how many bytes a checkpoint and the final model take on the disk."""
         kept = self.trained if plugin.tuning(self.recipe.tuning.method).has_adapter else list(self.model.parameters())
         weights = checkpoint.tensor_bytes(kept)
-        state = plugin.optimizer(self.recipe.optimizer.method).state_bytes_per_parameter
-        return weights + int(state * sum(weight.numel() for weight in self.trained)), weights
+        ends, options = {id(weight) for weight in end_weights(self.model)}, self.recipe.optimizer.options
+        state = sum(
+            self.method.state_bytes(tuple(weight.shape), options, hidden=id(weight) not in ends)
+            for weight in self.trained
+        )
+        return weights + int(state), weights
 
 
 def _told_apart(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -137,42 +137,42 @@ def test_a_recipe_can_be_a_mapping_as_python_md_says() -> None:
 
 
 @pytest.fixture
-def lion(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Return the example's plugin, found as if its file stood in `ftune/optimizers`."""
     monkeypatch.setattr(ftune.optimizers, "__path__", [*ftune.optimizers.__path__, str(EXAMPLES)])
     plugin.names.cache_clear()
     plugin.get.cache_clear()
-    yield plugin.optimizer("lion_8bit")
-    sys.modules.pop("ftune.optimizers.lion_8bit", None)
-    vars(ftune.optimizers).pop("lion_8bit", None)
+    yield plugin.optimizer("ademamix_8bit")
+    sys.modules.pop("ftune.optimizers.ademamix_8bit", None)
+    vars(ftune.optimizers).pop("ademamix_8bit", None)
     plugin.names.cache_clear()
     plugin.get.cache_clear()
 
 
-def test_the_example_optimizer_is_one_file(lion: Any) -> None:
+def test_the_example_optimizer_is_one_file(example: Any) -> None:
     from ftune.rules.explanations import explain_name
 
-    assert isinstance(lion, plugin.Optimizer)
-    assert lion.name == "lion_8bit"
-    training = {"output_dir": "runs/x", "optim": "lion_8bit", "optim_args": {"betas": [0.9, 0.98]}}
+    assert isinstance(example, plugin.Optimizer)
+    assert example.name == "ademamix_8bit"
+    training = {"output_dir": "runs/x", "optim": "ademamix_8bit", "optim_args": {"alpha": 8}}
     loaded = load({"model": {"model_name_or_path": "m"}, "data": {"train": "t.jsonl"}, "training": training})
-    assert loaded.recipe.optimizer.options.betas == (0.9, 0.98)
-    assert "decay rate of the momentum" in explain_name("lion_8bit")
-    assert "torch" not in vars(sys.modules[type(lion).__module__])
+    assert loaded.recipe.optimizer.options.alpha == 8
+    assert "Weight of the slow mean" in explain_name("ademamix_8bit")
+    assert "torch" not in vars(sys.modules[type(example).__module__])
 
 
 def test_contributing_shows_the_example_as_it_is() -> None:
     shown = list(blocks(ROOT / "CONTRIBUTING.md", "python"))
-    assert (EXAMPLES / "lion_8bit.py").read_text(encoding="utf-8") in shown
+    assert (EXAMPLES / "ademamix_8bit.py").read_text(encoding="utf-8") in shown
 
 
-def test_the_example_optimizer_learns_with_the_state_it_declares(lion: Any) -> None:
+def test_the_example_optimizer_learns_with_the_state_it_declares(example: Any) -> None:
     pytest.importorskip("bitsandbytes")
     import torch
 
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 128 * 96).reshape(128, 96))
     groups = [{"params": [weight], "weight_decay": 0.0}]
-    optimizer = lion.build(groups, learning_rate=1e-2, options=lion.Options(), setting=plugin.Setting())
+    optimizer = example.build(groups, learning_rate=1e-2, options=example.Options(), setting=plugin.Setting())
     losses = []
     for _ in range(3):
         loss = (weight**2).mean()
@@ -182,5 +182,5 @@ def test_the_example_optimizer_learns_with_the_state_it_declares(lion: Any) -> N
         optimizer.zero_grad()
     assert losses[0] > losses[1] > losses[2]
     state = optimizer.state[weight]
-    held = sum(state[name].numel() * state[name].element_size() for name in ("state1", "absmax1"))
-    assert held / weight.numel() == pytest.approx(lion.state_bytes_per_parameter)
+    held = sum(state[name].numel() * state[name].element_size() for name in ("state1", "state2", "absmax1", "absmax2"))
+    assert held / weight.numel() == pytest.approx(example.state_bytes_per_parameter)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import losses, recipe, rows_file, same_bits, weights
+import torch
+from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
 
 import ftune
 from ftune import plugin
@@ -69,3 +70,36 @@ def test_the_loss_falls_and_a_killed_run_goes_on(name: str, tmp_path: Path, tiny
     assert same_bits(weights(copy), weights(run))
     assert losses(copy) == found
     assert json.loads((copy / "result.json").read_text())["steps"] == 10
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_what_is_saved_and_evaluated_is_the_average(best: bool, tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    """Of a schedule-free run: not the point it trained at, and whether or not it looked at itself on the way."""
+    pytest.importorskip("schedulefree")
+    training = {"optim": "schedule_free_adamw", "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 6}
+    training |= {"save_strategy": "steps", "save_steps": 6, "eval_steps": 6, "load_best_model_at_end": best}
+    values = recipe(tiny_model, rows, tmp_path / "run", data={"eval": str(rows)}, training=training)
+    run = Path(ftune.train(values).directory)
+    state = torch.load(run / "checkpoints" / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"]
+    assert all({"z", "y"} <= entry.keys() for entry in state.values())
+    saved = weights(run)
+    names = [name for group in groups_of(tiny_model) for name in group]
+    for number, name in enumerate(names):
+        average = (state[number]["y"] - 0.1 * state[number]["z"]) / 0.9  # y = (1 - beta1) z + beta1 x
+        assert (saved[name] - average).abs().max() <= 1e-6, name
+        assert (saved[name] - state[number]["y"]).abs().max() > 1e-5, name
+    often = {**training, "eval_steps": 1, "save_steps": 2}
+    values = recipe(tiny_model, rows, tmp_path / "often", data={"eval": str(rows)}, training=often)
+    assert losses(Path(ftune.train(values).directory)) == losses(run), "looking changes nothing"
+    evaluated = [line["eval_loss"] for line in metrics(run) if "eval_loss" in line][-1]
+    again = recipe(run / "model", rows, tmp_path / "again", data={"eval": str(rows)}, training={"max_steps": 1})
+    first = next(line["eval_loss"] for line in metrics(Path(ftune.train(again).directory)) if "eval_loss" in line)
+    assert first == pytest.approx(evaluated, rel=1e-6)
+
+
+def groups_of(model: Path) -> list[list[str]]:
+    """Return the names of a model's decayed weights and of the others, in the order of the optimizer's groups."""
+    from transformers import AutoModelForCausalLM
+
+    named = [name for name, _ in AutoModelForCausalLM.from_pretrained(model).named_parameters()]
+    return [[name for name in named if "norm" not in name], [name for name in named if "norm" in name]]

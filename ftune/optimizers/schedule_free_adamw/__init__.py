@@ -23,6 +23,7 @@ class ScheduleFreeOptions(AdamOptions):
 
 class ScheduleFreeAdamW(Optimizer):
     name = "schedule_free_adamw"
+    averages = True
     summary = "AdamW that averages its weights in place of a schedule: the length of the run need not be known."
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16; a copy of the weights besides while evaluating and saving"
