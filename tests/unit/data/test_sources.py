@@ -12,7 +12,7 @@ import numpy
 import pytest
 from prepared_rows import EXPECTED, ROWS, answers, dialogue, plain, prepared
 
-from ftune.data.cache import tokenizer_fingerprint
+from ftune.data.cache import source_fingerprint, tokenizer_fingerprint, writable
 from ftune.data.parts import Part
 from ftune.data.prepare import names_of
 from ftune.errors import DataError
@@ -318,3 +318,22 @@ def test_several_processes_do_what_one_does(
             prepared(tokenizer, **wanted, num_proc=count)
         places = [str(problem.where) for problem in caught.value.problems]
         assert places == [f"{tmp_path}/rows/c.jsonl:{line}" for line in (21, 42)]
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_cache(tmp_path: Path) -> None:
+    assert writable(None) is None
+    assert writable(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    (tmp_path / "file").write_text("")
+    assert writable(tmp_path / "file") is None
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    if os.geteuid() != 0:  # the system's own account may write everywhere
+        assert writable(closed) is None
+
+
+def test_a_hub_data_set_is_known_by_its_commit_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["first", "first", "second", None])
+    monkeypatch.setattr("ftune.data.hub.revision", lambda name: next(commits))
+    found = [source_fingerprint("some/rows", split) for split in ("train", "test", "train", "train")]
+    assert len(set(found)) == 4
+    assert found[-1] is None, "where the commit is unknown nothing may be taken from the cache"
