@@ -15,6 +15,7 @@ from prepared_rows import ROWS, prepared
 
 from ftune.data.batches import batches_of, padding_share, random_batches
 from ftune.data.lengths import length_summary, padding, padding_of
+from ftune.data.pack import packed
 from ftune.data.prepare import prepare
 from ftune.recipe.schema import Data, Training
 
@@ -69,12 +70,17 @@ def test_what_is_told_of_now_is_what_the_recipe_does(
     for name, batches in expected.items():
         assert found[name] == pytest.approx(padding_share(LENGTHS, batches), abs=1e-4)
     assert ("packing" in found) == packs
+    if packs:
+        groups = packed(LENGTHS, 150)
+        whole = numpy.array([LENGTHS[group].sum() for group in groups])
+        expected_share = padding_share(whole, random_batches(len(whole), 4, 3))
+        assert found["packing"] == pytest.approx(expected_share, abs=1e-4)
 
 
 def test_of_very_many_rows_a_sample_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorted rows would be told wrongly by their first ones."""
     monkeypatch.setattr("ftune.data.lengths._MOST", 1000)
-    lengths = numpy.sort(numpy.random.default_rng(1).integers(1, 200, 5000))
+    # Its first rows are all alike, and would tell of no padding at all.
+    lengths = numpy.concatenate([numpy.full(1500, 50), numpy.random.default_rng(1).integers(1, 200, 3500)])
     recipe = Data(train="a", max_length=250), Training(output_dir="o", per_device_train_batch_size=4)
     whole = padding_share(lengths, random_batches(5000, 4, 0))
     assert padding(lengths, *recipe, packs=True)["random"] == pytest.approx(whole, abs=0.03)

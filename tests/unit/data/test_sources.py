@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import numpy
 import pytest
 from prepared_rows import EXPECTED, ROWS, answers, dialogue, plain, prepared
 
+from ftune.data import tokens
 from ftune.data.cache import source_fingerprint, tokenizer_fingerprint, writable
+from ftune.data.mixing import mix
 from ftune.data.parts import Part
 from ftune.data.prepare import names_of
+from ftune.data.sequences import sequences
+from ftune.data.tokens import Kept, TokenRow
 from ftune.errors import DataError
 
 
@@ -337,3 +342,13 @@ def test_a_hub_data_set_is_known_by_its_commit_and_split(monkeypatch: pytest.Mon
     found = [source_fingerprint("some/rows", split) for split in ("train", "test", "train", "train")]
     assert len(set(found)) == 4
     assert found[-1] is None, "where the commit is unknown nothing may be taken from the cache"
+
+
+def test_numbers_are_those_of_all_sources_however_many_tokens_they_have() -> None:
+    texts = [TokenRow(numpy.array([number]), numpy.array([[0, 1]])) for number in (3, 9, 5)]
+    files = [tokens.write(None, "", ("",), numpy.uint16, [Kept(0, 1, (text,))]) for text in texts]
+    rows = sequences(files, "abc", mix([1, 1, 1], None, stop="all_exhausted", seed=0), ("",), capacity=None)
+    assert rows.largest_id() == 9
+    assert rows.num_tokens == 3
+    # Three rows of two milliards are more than 32 bits count.
+    assert replace(rows, lengths=numpy.full(3, 2**31 - 1, dtype=numpy.int32)).num_tokens == 3 * (2**31 - 1)
