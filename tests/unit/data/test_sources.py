@@ -31,6 +31,7 @@ from ftune.errors import DataError
         ({"eval": 0.5}, 7),
         ({"eval": 0.5, "mixing_temperature": 2}, 7),
         ({"max_eval_samples": 100}, 60),
+        ({"max_eval_samples": 100, "mixing_temperature": 2}, 60),
     ],
     ids=str,
 )
@@ -352,3 +353,11 @@ def test_numbers_are_those_of_all_sources_however_many_tokens_they_have() -> Non
     assert rows.num_tokens == 3
     # Three rows of two milliards are more than 32 bits count.
     assert replace(rows, lengths=numpy.full(3, 2**31 - 1, dtype=numpy.int32)).num_tokens == 3 * (2**31 - 1)
+
+
+def test_a_stream_is_packed_as_full_as_rows_on_the_disk(tokenizer: Any, write_rows: Any) -> None:
+    wanted = {"train": write_rows(ROWS), "packing": True, "max_length": 128}
+    stored = prepared(tokenizer, **wanted).train
+    streamed = prepared(tokenizer, **wanted, streaming=True, shuffle_buffer_size=1).train
+    sizes = [len(row["input_ids"]) for row in itertools.islice(streamed, 50)]
+    assert sum(sizes) / len(sizes) >= stored.num_tokens / len(stored)
