@@ -11,8 +11,8 @@ from typing import Any
 from ftune.cache import content_hash
 from ftune.data.rows import files_of, is_local
 
-LAYOUT = 3
-"""Raised whenever the same rows would come out as other tokens or columns; older files are then made anew."""
+LAYOUT = 4
+"""Raised whenever the same rows would come out as other tokens, columns or notes; older files are then made anew."""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -145,8 +145,7 @@ def prepare(
     kept: dict[str, tuple[Stored, ...]] = {}
     for name, found in readings.items():
         if found and not (data.streaming and name == "train"):
-            most = data.max_train_samples if name == "train" else data.max_eval_samples
-            kept[name] = tuple(_tokenised(found, cache, data, most=most))
+            kept[name] = tuple(_tokenised(found, cache, data))
     first_rows: tuple[Stored, ...] = ()
     train: Any
     if data.streaming:
@@ -225,19 +224,28 @@ def _encoding(data: Data, source: Source, part: Part, tokenizer: Any, learns: fr
     return Encoding(chosen, tokenizer, answers_only, data.max_length, data.train_on_turns)
 
 
-def _tokenised(readings: Sequence[Reading], cache: Path | None, data: Data, *, most: int | None) -> Iterator[Stored]:
-    """Yield each source's rows, from the cache where they are; at most so many rows in all, the first ones.
+def _tokenised(readings: Sequence[Reading], cache: Path | None, data: Data) -> Iterator[Stored]:
+    """Yield each source's rows of one part, from the cache where they are; no more than the recipe's most can need.
 
-    Of a weighted mix each source may need so many: what the mix holds of them is cut to size there.
+    Of a weighted mix each source may need so many, and a temperature asks for all, as the shares follow from their
+    number: what the mix holds of them is cut to size there.
     """
-    left = most
+    mixed = data.is_mixed and readings[0].part.name == "train"
+    left = _most(data, readings[0].part.name)
+    if mixed and data.mixing_temperature is not None:
+        left = None
     for each in readings:
         if left == 0:
             return
         stored = _stored(replace(each.part, most=left), each.encoding, cache, data)
         yield stored
-        if left is not None and not data.is_mixed:
+        if left is not None and not mixed:
             left = max(0, left - stored.audit.rows - stored.audit.left_out)
+
+
+def _most(data: Data, name: str) -> int | None:
+    """Return how many rows of `train` or `eval` the recipe wants at most."""
+    return data.max_train_samples if name == "train" else data.max_eval_samples
 
 
 def _stored(part: Part, encoding: Encoding, cache: Path | None, data: Data) -> Stored:
@@ -247,19 +255,32 @@ def _stored(part: Part, encoding: Encoding, cache: Path | None, data: Data) -> S
     with FileLock(cache / f"{key}.lock") if cache and known else contextlib.nullcontext():
         found = tokens.find(cache, key, views) if cache and known else None
         if found is not None:
-            return Stored(part, encoding, found[0], Audit.from_dict(found[1]), key)
+            return Stored(part, encoding, found[0], _audit_of(found[1], part), key)
         audit = Audit()
         ids = tokens.id_type(encoding.tokenizer)
         file = tokens.write(cache, key, views, ids, _kept_rows(part, encoding, audit, data))
-        tokens.write_notes(cache, key, audit.as_dict())
+        # Where the contents are unknown nobody reads the notes, and no lock keeps ranks from writing them at once.
+        tokens.write_notes(cache if known else None, key, {"files": _files(part), "audit": audit.as_dict()})
         return Stored(part, encoding, file, audit, key if known else "")
+
+
+def _files(part: Part) -> list[str]:
+    return [str(path) for path in files_of(part.source)] if is_local(part.source) else []
+
+
+def _audit_of(notes: Mapping[str, Any], part: Part) -> Audit:
+    """Return what was noted; its examples under the names that the files have now, as they may have been moved."""
+    names = dict(zip(notes["files"], _files(part), strict=True))
+    audit = Audit.from_dict(notes["audit"])
+    for kind, examples in audit.examples.items():
+        audit.examples[kind] = [replace(each, file=names.get(each.file, each.file)) for each in examples]
+    return audit
 
 
 def _kept_rows(part: Part, encoding: Encoding, audit: Audit, data: Data) -> Iterator[tokens.Kept]:
     """Yield the part's tokenised rows in their order; DataError for bad rows, several at once."""
     faults = Faults()
-    files = tuple(str(path) for path in files_of(part.source)) if is_local(part.source) else ()
-    for kept, counted, problems in outcomes(part.rows(faults), encoding, files, _processes(data)):
+    for kept, counted, problems in outcomes(part.rows(faults), encoding, tuple(_files(part)), _processes(data)):
         for problem in problems:
             faults.add(problem)
         audit.add(counted)
@@ -293,8 +314,8 @@ def _sequences(stored: tuple[Stored, ...], sources: list[Source], data: Data, se
     files, counts = [each.file for each in stored], [len(each.file) for each in stored]
     weights = weights_of([source.weight for source in sources[: len(files)]], counts, data.mixing_temperature)
     mixed = mix(counts, weights if sources else None, stop=data.mixing_stop, seed=seed)
-    if sources:
-        mixed = mixed.first(data.max_train_samples)
+    # Here too for evaluation: a plain text of one row may have become many.
+    mixed = mixed.first(_most(data, stored[0].part.name))
     views = stored[0].encoding.format.views
     return sequences(
         files,
@@ -307,12 +328,19 @@ def _sequences(stored: tuple[Stored, ...], sources: list[Source], data: Data, se
 
 def names_of(parts: Sequence[Part]) -> list[str]:
     """Return what each source is called in the metrics: the end of its name, as much of it as tells them apart."""
-    paths = [Path(part.source) for part in parts]
+    paths = [_spelt_out(part.source) for part in parts]
     for depth in range(1, 4):
-        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
+        names = ["/".join([*path.parts[-depth:-1], path.stem]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in paths]
+    # A source may be there twice, as a way to see it twice as often.
+    return [f"{path} ({at})" if paths.count(path) > 1 else str(path) for at, path in enumerate(paths, start=1)]
+
+
+def _spelt_out(source: str) -> Path:
+    """Return a source's path so that it ends in a name, which `.` does not have."""
+    path = Path(source).expanduser()
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _nothing_to_learn(part: Part, encoding: Encoding, audit: Audit) -> Problem:

@@ -21,6 +21,8 @@ from ftune.losses import IGNORED
 
 _BATCH = 4096
 """Rows of one record batch; reading a row finds its batch by bisection."""
+_BATCH_TOKENS = 2**24
+"""A batch of very long rows ends earlier: it is in memory while it is written, and its offsets have 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,13 @@ def _fill(sink: Any, schema: pyarrow.Schema, views: Sequence[str], ids: Any, row
 
 def _chunks(rows: Iterable[Kept]) -> Iterator[list[Kept]]:
     taken: list[Kept] = []
+    held = 0
     for row in rows:
         taken.append(row)
-        if len(taken) == _BATCH:
+        held += sum(len(text.input_ids) for text in row.texts)
+        if len(taken) == _BATCH or held >= _BATCH_TOKENS:
             yield taken
-            taken = []
+            taken, held = [], 0
     if taken:
         yield taken
 

@@ -46,3 +46,16 @@ def test_the_same_twice_and_nearly_full(low: int, high: int, capacity: int) -> N
     first = packed(lengths, capacity)
     assert numpy.array_equal(first.rows, packed(lengths, capacity).rows)
     assert lengths.sum() / (capacity * len(first)) > 0.99
+
+
+def test_rows_without_tokens_share_one_sequence() -> None:
+    groups = packed(numpy.array([0, 7, 0, 7, 0]), 7)
+    assert [group.tolist() for group in groups] == [[0, 2, 4], [1], [3]]
+    assert [group.tolist() for group in packed(numpy.zeros(3, dtype=int), 7)] == [[0, 1, 2]]
+
+
+def test_there_is_no_sequence_beyond_the_last() -> None:
+    groups = packed(numpy.array([3, 4]), 5)
+    for at in (-1, 2):
+        with pytest.raises(IndexError):
+            groups[at]

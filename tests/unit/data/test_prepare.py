@@ -10,32 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prepared_rows import EXPECTED, ROWS, answers, dialogue, plain, prepared
 
 from ftune.data.faults import Faults
 from ftune.data.parts import Part
-from ftune.data.prepare import Prepared, prepare
+from ftune.data.prepare import prepare
 from ftune.errors import DataError
 from ftune.plugin import Conversation, PlainText, Turn
 from ftune.recipe.schema import Data
-
-
-def dialogue(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-ROWS = [dialogue(f"what is {number}?", f"it is {number}" + " the cat" * (number % 7)) for number in range(60)]
-
-
-def prepared(tokenizer: Any, cache: Path | None = None, *, seed: int = 1, whole: bool = False, **data: Any) -> Prepared:
-    learns = frozenset({"text"}) if whole else None
-    return prepare(Data(**data), tokenizer=tokenizer, seed=seed, cache=cache, learns=learns)
-
-
-def answers(tokenizer: Any, rows: Any) -> list[str]:
-    return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in rows]
-
-
-EXPECTED = [row["messages"][1]["content"] + "<|im_end|>" for row in ROWS]
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -63,7 +45,8 @@ def test_several_sources_follow_each_other(tokenizer: Any, write_rows: Any) -> N
 def test_packing_holds_every_row_once(streaming: bool, tokenizer: Any, write_rows: Any, tmp_path: Path) -> None:
     path = write_rows(ROWS)
     alone = prepared(tokenizer, train=path).train
-    made = prepared(tokenizer, tmp_path, train=path, packing=True, max_length=128, streaming=streaming).train
+    buffer = {"streaming": True, "shuffle_buffer_size": 20} if streaming else {}
+    made = prepared(tokenizer, tmp_path, train=path, packing=True, max_length=128, **buffer).train
     rows = list(made) if not streaming else list(itertools.islice(made, 20))
     assert len(rows) < 30
     assert all(len(row["input_ids"]) <= 128 for row in rows)
@@ -151,12 +134,6 @@ def test_the_cache_is_used_again_and_only_for_the_same(
 
 
 PAIRS = [{"prompt": f"what is {n}?", "completion": " it is" + " the cat" * (1 + n % 7)} for n in range(60)]
-
-
-def plain(made: Prepared) -> list[Any]:
-    """Return all rows as lists, which can be compared."""
-    rows = [*made.train, *(made.eval or ())]
-    return [(row["input_ids"].tolist(), row["labels"].tolist()) for row in rows]
 
 
 def a_word(tokenizer: Any) -> None:
@@ -294,8 +271,8 @@ def test_streaming_gives_the_same_rows_in_the_seeds_order(tokenizer: Any, write_
 
 
 def test_a_bad_row_in_a_stream_is_named(tokenizer: Any, write_rows: Any) -> None:
-    made = prepared(tokenizer, train=write_rows([*ROWS * 40, {"mesages": []}]), streaming=True)
-    with pytest.raises(DataError, match=r"rows\.jsonl:2401"):
+    made = prepared(tokenizer, train=write_rows([*ROWS * 34, {"mesages": []}]), streaming=True)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2041"):
         list(made.train)
     with pytest.raises(DataError, match=r"rows\.jsonl:3"):
         prepared(tokenizer, train=write_rows([*ROWS[:2], {"mesages": []}]), streaming=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import subprocess
@@ -127,3 +128,50 @@ def test_content_hash_is_remembered_until_the_file_changes(tmp_path: Path, monke
     monkeypatch.setattr("ftune.cache.sha256_of", lambda path: reads.append(path) or "digest")
     content_hash(path)
     assert reads, "what changed a moment ago may change again within one tick of the clock"
+
+
+@pytest.fixture
+def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose hash is remembered at once; the notes are in `cache/hashes` beside it."""
+    monkeypatch.setenv("FTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ftune.cache._SETTLED_SECONDS", -3600.0)
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    return path
+
+
+def test_files_of_one_name_and_time_are_told_apart(settled: Path) -> None:
+    paths = [settled.with_name(name) / "rows.jsonl" for name in ("a", "b")]
+    for path, text in zip(paths, (b"one", b"two"), strict=True):
+        path.parent.mkdir()
+        path.write_bytes(text)
+        os.utime(path, ns=(10**18, 10**18))
+    expected = [hashlib.sha256(text).hexdigest() for text in (b"one", b"two")]
+    for _ in range(2):
+        assert [content_hash(path) for path in paths] == expected
+    notes = sorted(settled.with_name("cache").rglob("*.*"))
+    assert [note.suffix for note in notes] == [".json", ".json"]
+    paths[1].replace(paths[0])
+    assert content_hash(paths[0]) == expected[1], "another file of that size and time took its place"
+
+
+@pytest.mark.parametrize("note", [b"", b"[]", b"null", b"{}", b'{"stamp": 1}', b"\xff"])
+def test_a_note_that_says_nothing_is_written_anew(note: bytes, settled: Path) -> None:
+    digest = content_hash(settled)
+    (kept,) = settled.with_name("cache").rglob("*.json")
+    whole = kept.read_bytes()
+    kept.write_bytes(note)
+    assert content_hash(settled) == digest
+    assert kept.read_bytes() == whole
+
+
+def test_a_hash_needs_no_cache(settled: Path) -> None:
+    settled.with_name("cache").write_text("a file where the folder would be")
+    assert content_hash(settled) == hashlib.sha256(b"one").hexdigest()
+
+
+def test_an_old_file_that_came_here_just_now_is_not_settled(settled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftune.cache._SETTLED_SECONDS", 3600.0)
+    os.utime(settled, ns=(10**18, 10**18))  # as a copy that keeps times; its status changed just now
+    content_hash(settled)
+    assert not settled.with_name("cache").exists()
