@@ -1,0 +1,161 @@
+"""How weights move: the recipe's optimizer and schedule, and the step that its kind of gradients needs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, get_scheduler
+
+from ftune import plugin
+from ftune.data.batches import PlannedBatches, batches_of
+from ftune.data.sequences import Sequences
+from ftune.recipe.schema import Recipe
+from ftune.training.steps import STEPS
+
+
+class MovingTrainer(Trainer):  # type: ignore[misc]
+    """Hugging Face's Trainer with ftune's optimizers, whatever they make of gradients."""
+
+    recipe: Recipe
+    directory: Path
+
+    def prepare_to_move(self) -> None:
+        """Take from the trainer what the optimizer does itself; called once, before anything is built."""
+        # Noted before the first step: where weights move in turn, only those of the coming step require a gradient.
+        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        if self._reduces_itself:
+            # Not wrapped: DistributedDataParallel keeps every gradient, and wants the same weights trained each time.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if self.method.gradients in STEPS:
+            self._step = STEPS[self.method.gradients]()
+            self.accelerator.scaler = None  # it scales the loss itself, and could not unscale gradients that are gone
+
+    @property
+    def method(self) -> plugin.Optimizer:
+        """What the recipe's optimizer declares of itself."""
+        return plugin.optimizer(self.recipe.optimizer.method)
+
+    @property
+    def _reduces_itself(self) -> bool:
+        return self.method.gradients in STEPS or plugin.tuning(self.recipe.tuning.method).rotates
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Return one micro-batch's share of the step's loss, having made of its gradient what the optimizer wants."""
+        if self.method.gradients in STEPS:
+            return self._step(self, model, inputs, num_items_in_batch)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._reduces_itself and self.accelerator.sync_gradients:
+            self._average_gradients()
+        return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the recipe's optimizer over the trained weights; biases and norms are not decayed."""
+        if self.optimizer is None:
+            training = self.recipe.training
+            chosen = self.recipe.optimizer
+            decayed = set(self.get_decay_parameter_names(self.model))
+            trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+            groups = [
+                {
+                    "params": [weight for name, weight in trained if name in decayed],
+                    "weight_decay": training.weight_decay,
+                },
+                {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
+            ]
+            setting = plugin.Setting(
+                model=self.model,
+                device_type=self.args.device.type,
+                seed=training.seed,
+                max_grad_norm=training.max_grad_norm,
+                scales_loss=self.args.fp16,
+                directory=self.directory,
+            )
+            build = functools.partial(
+                self.method.build, learning_rate=training.learning_rate, options=chosen.options, setting=setting
+            )
+            groups = [group for group in groups if group["params"]]
+            tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
+            if tuning.rotates:
+                steps = self.steps_per_epoch()
+                self.optimizer = tuning.rotating(
+                    self.model, groups, build, options, seed=training.seed, steps_per_epoch=steps
+                )
+            else:
+                self.optimizer = build(groups)
+        return self.optimizer
+
+    @property
+    def own_optimizer(self) -> Any:
+        """The optimizer itself, which accelerate wraps."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the schedule; of an optimizer that moves weights in turn, those of one sweep share a rate."""
+        each = getattr(self.own_optimizer, "steps_per_rate", 1)
+        if each == 1 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        schedule = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=math.ceil(self.args.get_warmup_steps(num_training_steps) / each),
+            num_training_steps=math.ceil(num_training_steps / each),
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        factors = [functools.partial(_of_sweep, factor, each) for factor in schedule.lr_lambdas]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.own_optimizer, factors)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _average_gradients(self) -> None:
+        """Average over the ranks what DistributedDataParallel, which wants the same weights each time, would."""
+        for weight in self.model.parameters():
+            if weight.grad is not None:
+                weight.grad.copy_(self.accelerator.reduce(weight.grad, "mean"))
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Return the gradient norm; an optimizer that keeps none has clipped and measured it itself."""
+        return self.own_optimizer.grad_norm if self.method.gradients in STEPS else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.method.gradients in STEPS:
+            return self.own_optimizer.grad_norm
+        return super()._get_grad_norm(model, grad_norm)
+
+    @cached_property
+    def planned_batches(self) -> PlannedBatches | None:
+        """This rank's batches where rows are grouped by length; None where chance draws them."""
+        training, rows = self.recipe.training, self.train_dataset
+        if not isinstance(rows, Sequences) or not (training.group_by_length or training.max_tokens_per_batch):
+            return None
+        ranks = self.accelerator.num_processes
+        size, most = self.args.train_batch_size, training.max_tokens_per_batch
+        batches = batches_of(rows.lengths, rows=size, most_tokens=most, ranks=ranks, seed=training.seed)
+        return PlannedBatches(batches, rows.lengths, rank=self.args.process_index, ranks=ranks, seed=training.seed)
+
+    def planned_steps(self) -> int:
+        """Return how many optimizer steps the run will take."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        return math.ceil(self.steps_per_epoch() * self.args.num_train_epochs)
+
+    def steps_per_epoch(self) -> int:
+        """Return how many optimizer steps see each row once; of a stream, which has no end, those of the run."""
+        if (planned := self.planned_batches) is not None:
+            batches = len(planned)
+        elif isinstance(self.train_dataset, Sequences):
+            rows = len(self.train_dataset)
+            batches = math.ceil(rows / (self.args.train_batch_size * self.accelerator.num_processes))
+        else:
+            return int(self.args.max_steps)
+        return max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+
+
+def _of_sweep(factor: Callable[[int], float], steps: int, step: int) -> float:
+    """Return the schedule's factor at the sweep that a step belongs to."""
+    return factor(step // steps)
