@@ -17,19 +17,9 @@ _ROOT = Path(__file__).parents[1]
 _MODULES = sorted((_ROOT / "ftune").rglob("*.py"))
 _LONGEST_MODULE, _LONGEST_FUNCTION = 400, 60
 _HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "numpy"}
-_COMMANDS = "init check preview train resume chat merge rebuild report explain schema doctor".split()
-    "init",
-    "check",
-    "preview",
-    "train",
-    "resume",
-    "chat",
-    "merge",
-    "rebuild",
-    "report",
-    "explain",
-    "schema",
-    "doctor",
+_COMMANDS = [
+    *("init", "check", "preview", "train", "resume", "chat", "merge", "rebuild"),
+    *("report", "explain", "schema", "doctor"),
 ]
 
 
