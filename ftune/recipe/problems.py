@@ -40,7 +40,6 @@ RENAMED = {
     "lr_scheduler": "this is `training.lr_scheduler_type`",
     "lora_r": "this is `r`",
     "lora_rank": "this is `r`",
-    "rank": "this is `r`",
     "lora_target_modules": "this is `target_modules`",
     "base_model": "this is `model.model_name_or_path`",
     "dataset": "this is `data.train`",
@@ -124,6 +123,8 @@ def unknown_key(source: Source, path: KeyPath, known: Iterable[str], owner: str)
 def _advice(name: str, word: str, place: str, known: list[str], owner: str) -> tuple[str, str]:
     """Return what the key was probably meant to be, and what to do."""
     fix = f"`ftune explain {owner}` lists every key and its default"
+    if (place, name) == ("tuning", "rank") and "r" in known:  # elsewhere it is a key of its own
+        return "this is `r`", fix
     if name in RENAMED:
         return RENAMED[name], fix
     near = nearest(word, known)

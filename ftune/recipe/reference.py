@@ -32,8 +32,9 @@ class Key:
 @cache
 def field_texts(model: type[Options]) -> dict[str, str]:
     """Return the string under each field of a settings model, read from its source and that of its bases."""
-    base = model.__bases__[0]
-    texts = dict(field_texts(base)) if issubclass(base, Options) else {}
+    texts: dict[str, str] = {}
+    for base in reversed(model.__bases__):
+        texts |= field_texts(base) if issubclass(base, Options) else {}
     tree = ast.parse(inspect.getsource(model))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     for statement, following in pairwise(body):

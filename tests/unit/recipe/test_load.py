@@ -81,6 +81,11 @@ def test_renamed_keys_say_their_new_name(name: str, refused: Refused) -> None:
     assert problem.label == RENAMED[name]
 
 
+def test_an_adapters_rank_is_r(refused: Refused) -> None:
+    (problem,) = refused(SMALLEST + "tuning: {method: lora, rank: 8}\n")
+    assert problem.label == "this is `r`"
+
+
 def test_renamed_keys_are_no_keys_of_ours() -> None:
     assert not set(RENAMED) & {key.name for key in all_keys()}
 
