@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ftune.fused.rounding import Rounding
-from ftune.fused.rule import Rule, row_slices
+from ftune.fused.rule import SLICE, Rule, row_slices
 
-Block = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
-"""A stretch of a weight, of its gradient, and what the gradient is multiplied by."""
+Stretch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Some rows of a matrix of weights, of its gradient, and what is known of these rows and of all columns."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class AdafactorRule(Rule):
 
     beta2 = 1 - step ** decay_rate; u = gradient / sqrt(row * column / mean(row)); u is divided by max(1, RMS(u) /
     clip_threshold); with `scale_parameter` the rate is multiplied by max(eps[1], RMS(weight)). Computed in float32, a
-    stretch of rows at a time. A float32 gradient becomes u in place; of a 16-bit one u is computed twice, once for its
-    size and once to be used, so that temporaries stay at two stretches. With a `shard` each rank has some of the rows.
+    stretch of rows at a time. The size of u is that of a product of the squared gradient with both factors, so that u
+    itself is made once, while it is used. With a `shard` each rank has some of the rows.
     """
 
     def __init__(
@@ -69,45 +69,71 @@ class AdafactorRule(Rule):
         state["step"] += 1
         # 1 - beta2: at the first step 1, so that no bias is to be corrected.
         new = state["step"] ** self.decay_rate
-        if weight.dim() < 2:
-            mean = state["exp_avg_sq"].lerp_(gradient.float().square().add_(self.eps[0]), new)
-            blocks: list[Block] = [(weight, gradient, (mean.rsqrt(),))]
-        else:
-            rows, columns = self._factors(gradient, state["exp_avg_sq_row"], state["exp_avg_sq_col"], new)
-            blocks = list(_stretches(weight, gradient, rows, columns))
-        overshoot = (self._root_mean_square(_squares(blocks), weight) / self.clip_threshold).clamp_(min=1.0)
         rate: Any = group["lr"]
         if self.scale_parameter:
             squares = torch.linalg.vector_norm(weight, dtype=torch.float32).square()
             rate = rate * self._root_mean_square(squares, weight).clamp_(min=self.eps[1])
-        for part, slope, factors in blocks:
-            value = part.float()
-            if group["weight_decay"]:
-                value.mul_(1 - rate * group["weight_decay"])
-            direction = slope if slope.dtype == torch.float32 else _multiplied(slope, factors)
-            value.sub_(direction.mul_(rate / overshoot))
-            if value is not part:
-                rounding.write(part, value)
+        kept = 1 - rate * group["weight_decay"] if group["weight_decay"] else None
+        if weight.dim() < 2:
+            square = gradient.float().square()
+            whole = state["exp_avg_sq"].lerp_(square + self.eps[0], new).reciprocal()
+            step = rate / self._overshoot((square * whole).sum(), weight)
+            _move(weight, gradient.float() * step, whole.sqrt_(), kept, rounding)
+            return
+        # A small matrix is squared once, of a large one a stretch for each use.
+        once = gradient.float().square() if gradient.dim() == 2 and gradient.numel() <= SLICE else None
+        rows, columns = self._shares(gradient, once, state["exp_avg_sq_row"], state["exp_avg_sq_col"], new)
+        stretches = list(_stretches(weight, gradient, rows, columns))
+        squares = rows @ once @ columns if once is not None else _sum_of_squares(stretches)
+        step = rate / self._overshoot(squares, weight)
+        columns.sqrt_()
+        for part, slope, row, column in stretches:
+            scale = (row.sqrt() * step).unsqueeze(-1)
+            scaled = slope.mul_(scale) if slope.dtype == torch.float32 else slope * scale
+            _move(part, scaled, column, kept, rounding)
 
-    def _factors(
-        self, gradient: torch.Tensor, row: torch.Tensor, column: torch.Tensor, new: float
+    def _shares(
+        self, gradient: torch.Tensor, once: torch.Tensor | None, row: torch.Tensor, column: torch.Tensor, new: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let the means follow a gradient (..., m, n); return the factors of its rows (..., m) and columns (..., n)."""
-        of_rows, of_columns = torch.empty_like(row), torch.zeros_like(column)
-        every = zip(_matrices(gradient, 2), _matrices(of_rows, 1), _matrices(of_columns, 1), strict=True)
-        for matrix, mean, total in every:
-            for stretch in row_slices(matrix):
-                square = matrix[stretch].float().square().add_(self.eps[0])
-                torch.mean(square, dim=-1, out=mean[stretch])
-                total.add_(square.sum(dim=-2))
+        """Let the means follow a gradient (..., m, n); return what its squares are multiplied by to be those of u.
+
+        That is a factor for each row (..., m) and one for each column (..., n).
+        """
+        if once is not None:
+            of_rows, of_columns = once.mean(dim=-1), once.sum(dim=-2)
+        else:
+            of_rows, of_columns = torch.empty_like(row), torch.zeros_like(column)
+            every = zip(_matrices(gradient, 2), _matrices(of_rows, 1), _matrices(of_columns, 1), strict=True)
+            for matrix, mean, total in every:
+                for stretch in row_slices(matrix):
+                    square = matrix[stretch].float().square()
+                    torch.mean(square, dim=-1, out=mean[stretch])
+                    total.add_(square.sum(dim=-2))
         height = row.shape[-1] * self.shard.ranks
-        row.lerp_(of_rows, new)
-        column.lerp_(self.shard.add_up(of_columns).div_(height), new)
+        row.lerp_(of_rows.add_(self.eps[0]), new)
+        column.lerp_(self.shard.add_up(of_columns).div_(height).add_(self.eps[0]), new)
         of_all = self.shard.add_up(row.sum(dim=-1, keepdim=True)).div_(height)
-        return (row / of_all).rsqrt_(), column.rsqrt()
+        # A row that never had a gradient has a mean of eps, beside which a large one elsewhere would be infinite.
+        return (of_all / row).clamp_(max=1e30), column.reciprocal()
+
+    def _overshoot(self, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return how many times as large as allowed an update is, at least 1; `squares` is the sum of its squares."""
+        return (self._root_mean_square(squares, weight) / self.clip_threshold).clamp_(min=1.0)
 
     def _root_mean_square(self, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return (self.shard.add_up(squares) / (max(1, weight.numel()) * self.shard.ranks)).sqrt()
+
+
+def _move(
+    weight: torch.Tensor, slope: torch.Tensor, factor: torch.Tensor, kept: torch.Tensor | None, rounding: Rounding
+) -> None:
+    """Subtract a slope times a factor from what decay keeps of a weight."""
+    value = weight.float()
+    if kept is not None:
+        value.mul_(kept)
+    value.addcmul_(slope, factor, value=-1)
+    if value is not weight:
+        rounding.write(weight, value)
 
 
 def _matrices(tensor: torch.Tensor, dimensions: int) -> Iterator[torch.Tensor]:
@@ -121,22 +147,13 @@ def _matrices(tensor: torch.Tensor, dimensions: int) -> Iterator[torch.Tensor]:
 
 def _stretches(
     weight: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> Iterator[Block]:
+) -> Iterator[Stretch]:
     every = zip(_matrices(weight, 2), _matrices(gradient, 2), _matrices(rows, 1), _matrices(columns, 1), strict=True)
     for part, slope, row, column in every:
         for stretch in row_slices(part):
-            yield part[stretch], slope[stretch], (row[stretch].unsqueeze(-1), column)
+            yield part[stretch], slope[stretch], row[stretch], column
 
 
-def _multiplied(slope: torch.Tensor, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return a gradient times its factors in float32; a float32 one is overwritten."""
-    slope = slope.float()
-    for factor in factors:
-        slope.mul_(factor)
-    return slope
-
-
-def _squares(blocks: list[Block]) -> torch.Tensor:
-    """Return the sum of the squared updates; float32 gradients become the updates."""
-    norms = [torch.linalg.vector_norm(_multiplied(slope, factors)) for _, slope, factors in blocks]
-    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum()
+def _sum_of_squares(stretches: list[Stretch]) -> torch.Tensor:
+    """Return the sum of the squares of u, which is not made."""
+    return torch.stack([row @ slope.float().square() @ column for _, slope, row, column in stretches]).sum()

@@ -491,6 +491,25 @@ def test_weights_of_16_bits_are_computed_in_float32_a_slice_at_a_time(name: str)
         assert (apart <= exact.abs() * 2**-8 * 1.001 + 1e-7).all()
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_and_columns_without_gradients_stay(dtype: torch.dtype, size: float) -> None:
+    """As in an embedding, of which a batch holds a few words, and with gradients of any size."""
+    noise = torch.Generator().manual_seed(0)
+    slope = torch.zeros(7, 5)
+    slope[2:4, 1:] = size * torch.randn(2, 4, generator=noise)
+    weight = nn.Parameter(torch.randn(7, 5, generator=noise).to(dtype))
+    before = weight.detach().clone()
+    optimizer = built("adalomo", nn.ParameterList([weight]), 1e-1, rounding="nearest")
+    for _ in range(3):
+        optimizer.backward((weight * slope.to(dtype)).sum())
+        optimizer.step()
+    assert torch.isfinite(weight).all()
+    still = slope == 0
+    assert torch.equal(weight.detach()[still], before[still])
+    assert (weight.detach()[~still] != before[~still]).all()
+
+
 def test_rows_shared_by_two_ranks_move_as_the_whole_matrix() -> None:
     noise = torch.Generator().manual_seed(0)
     matrix, vector = torch.randn(10, 6, generator=noise), torch.randn(8, generator=noise)
