@@ -113,6 +113,17 @@ class Adam8bitOptions(AdamOptions):
     """Tensors with fewer elements keep 32-bit states."""
 
 
+class FactoredOptions(Options):
+    """Options of Adafactor's family."""
+
+    eps: tuple[NotNegative, NotNegative] = (1e-30, 1e-3)
+    """Added to the squared gradient, and the floor of the weights' own scale."""
+    clip_threshold: Positive = 1.0
+    """Largest root mean square of one tensor's update; what takes the place of clipping the gradient norm."""
+    decay_rate: Number = Field(default=-0.8, lt=0)
+    """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
+
+
 class FusedOptions(Options):
     """Options of every update that is made inside backward."""
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
-from ftune.options import Flag, Fraction, NotNegative, Number, Options, Positive
+from ftune.options import FactoredOptions, Flag, Fraction
 from ftune.plugin import Optimizer, Setting
 
 
-class AdafactorOptions(Options):
+class AdafactorOptions(FactoredOptions):
     """Options of Adafactor."""
 
-    eps: tuple[NotNegative, NotNegative] = (1e-30, 1e-3)
-    """Added to the squared gradient, and the floor of the weights' own scale."""
-    clip_threshold: Positive = 1.0
-    """Largest root mean square of one tensor's update; what takes the place of clipping the gradient norm."""
-    decay_rate: Number = Field(default=-0.8, lt=0)
-    """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
     beta1: Fraction | None = None
     """Decay of a first moment; null keeps none, otherwise 4 bytes per weight."""
     scale_parameter: Flag = False

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
-from ftune.options import Flag, FusedOptions, NotNegative, Number, Positive
+from ftune.options import FactoredOptions, Flag, FusedOptions
 from ftune.plugin import Gradients, Optimizer, Setting
 
 
-class AdafactorFusedOptions(FusedOptions):
+class AdafactorFusedOptions(FactoredOptions, FusedOptions):
     """Options of Adafactor inside backward."""
 
-    eps: tuple[NotNegative, NotNegative] = (1e-30, 1e-3)
-    """Added to the squared gradient, and the floor of the weights' own scale."""
-    clip_threshold: Positive = 1.0
-    """Largest root mean square of one tensor's update; what takes the place of clipping the gradient norm."""
-    decay_rate: Number = Field(default=-0.8, lt=0)
-    """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
     scale_parameter: Flag = False
     """Multiply the step by the weights' own root mean square, as `adalomo` does."""
 

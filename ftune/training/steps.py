@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ftune.losses import IGNORED
 from ftune.plugin import Gradients
 
-if TYPE_CHECKING:
-    from ftune.training.trainer import FtuneTrainer
-
 Batch = dict[str, Any]
+
+
+class Trainer(Protocol):
+    """What a step asks of the trainer."""
+
+    args: Any
+    accelerator: Any
+    recipe: Any
+    objective: Any
+
+    @property
+    def own_optimizer(self) -> Any: ...
+
+    def compute_loss(self, model: Any, inputs: Batch, *, num_items_in_batch: Any) -> Any: ...
+
+    def compute_loss_context_manager(self) -> Any: ...
+
+    def get_train_dataloader(self) -> Any: ...
+
+    def aside(self) -> Any: ...
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch: ...
 
 
 class FusedStep:
     """The optimizer runs backward itself, and moves each weight as soon as its gradient is there."""
 
-    def __call__(self, trainer: FtuneTrainer, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
+    def __call__(self, trainer: Trainer, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
         model.train()
         inputs = trainer._prepare_inputs(inputs)
         with trainer.compute_loss_context_manager():
@@ -35,7 +54,7 @@ class ForwardStep:
     def __init__(self) -> None:
         self._waiting: list[Batch] = []
 
-    def __call__(self, trainer: FtuneTrainer, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
+    def __call__(self, trainer: Trainer, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
         if getattr(trainer.own_optimizer, "calibration_batches", 0):
             self._calibrate(trainer, model)
         self._waiting.append(trainer._prepare_inputs(inputs))
@@ -57,7 +76,7 @@ class ForwardStep:
         model.train()
         return loss.detach().float()
 
-    def _calibrate(self, trainer: FtuneTrainer, model: Any) -> None:
+    def _calibrate(self, trainer: Trainer, model: Any) -> None:
         """Let the optimizer look at the gradients of some batches, once; a resumed one has its choice already."""
         wanted = trainer.own_optimizer.calibration_batches
 
