@@ -1,0 +1,1 @@
+"""Small trained additions beside the weights of a model, through PEFT."""
