@@ -34,6 +34,7 @@ MESSAGES = {
     "zeroth-order-mask": "The run that `mask` names did not choose among these weights.",
     "zeroth-order-reads": "A trained weight is read elsewhere than in its own layer, so that it cannot be perturbed.",
     "zeroth-order-rest": "The weights that do not move cannot be held in few bits as `rest_bits` asks.",
+    "gptq-inputs": "The inputs of a layer in the calibration batches are infinite or not numbers.",
     "group-size": "The inputs of a layer are no whole number of groups that share a scale and an offset.",
     "layers-not-found": "The model has no list of layers, which a method that trains layer by layer needs.",
     "lisa-layers": "`tuning.activated_layers` is more than the model has.",
