@@ -124,6 +124,13 @@ class FactoredOptions(Options):
     """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
 
 
+class AdapterRate(Options):
+    """Options of an optimizer that moves an adapter beside trained weights by AdamW."""
+
+    adapter_learning_rate: Positive = 2e-4
+    """Peak rate of AdamW on the adapter, where the tuning trains one beside the weights; learning_rate is theirs."""
+
+
 class FusedOptions(Options):
     """Options of every update that is made inside backward."""
 

@@ -117,12 +117,22 @@ class Tuning(Plugin):
     frozen_base: ClassVar[bool] = False
     """Frozen weights need no float32 copy: they may be held in the compute dtype."""
 
+    folds: ClassVar[bool] = False
+    """Whether an adapter is trained beside weights that are trained too; the result is weights with it folded in."""
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 
     @abstractmethod
     def apply(self, model: Any, options: Any) -> Any:
         """Return the model with exactly the declared weights trainable."""
+
+    def adapter_weights(self, model: Any) -> list[Any]:
+        """Return the weights of an adapter that is trained beside others; an optimizer is told of them by group."""
+        return []
+
+    def finished(self, model: Any) -> Any:
+        """Return a trained model as it is saved at the end."""
+        return model
 
     def copies_in_float32(self, options: Any) -> bool:
         """Return whether weights of 16 bits move through float32 copies, which lose no small update."""

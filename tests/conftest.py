@@ -74,6 +74,25 @@ def make_tiny() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def launched() -> Callable[[dict[str, Any], Path], None]:
+    """Return a function that trains a recipe, written into a folder, on two ranks, as torchrun starts them."""
+    import yaml
+
+    def launch(values: dict[str, Any], folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        root = Path(__file__).parents[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        command += ["--no-python", sys.executable, "-m", "ftune", "train", str(folder / "recipe.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return launch
+
+
+@pytest.fixture(scope="session")
 def ftune() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs `ftune` as a user does."""
     root = Path(__file__).parents[1]

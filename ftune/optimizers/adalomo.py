@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.options import FactoredOptions, FusedOptions
+from ftune.options import AdapterRate, FactoredOptions, FusedOptions
 from ftune.plugin import Gradients, Optimizer, Setting
 
 
-class AdaLomoOptions(FactoredOptions, FusedOptions):
+class AdaLomoOptions(FactoredOptions, FusedOptions, AdapterRate):
     """Options of AdaLomo."""
 
 
@@ -26,6 +26,7 @@ class AdaLomo(Optimizer):
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.fused.adafactor import AdafactorRule
+        from ftune.fused.beside import beside_adapter
         from ftune.fused.engine import fused
 
         rule = AdafactorRule(
@@ -34,7 +35,8 @@ class AdaLomo(Optimizer):
             decay_rate=options.decay_rate,
             scale_parameter=True,
         )
-        return fused(groups, rule, learning_rate, options, setting)
+        groups, moving = beside_adapter(groups, rule, options)
+        return fused(groups, moving, learning_rate, options, setting)
 
 
 plugin = AdaLomo()

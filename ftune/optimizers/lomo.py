@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.options import FusedOptions
+from ftune.options import AdapterRate, FusedOptions
 from ftune.plugin import Gradients, Optimizer, Setting
+
+
+class LOMOOptions(FusedOptions, AdapterRate):
+    """Options of LOMO."""
 
 
 class LOMO(Optimizer):
@@ -17,13 +21,15 @@ class LOMO(Optimizer):
     learning_rate_reason = "the gradient is not normalised, so it needs far larger steps than AdamW"
     default_max_grad_norm = 1.0
     max_grad_norm_reason = "without clipping only small rates are stable; the norm costs a second backward"
-    Options = FusedOptions
+    Options = LOMOOptions
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
+        from ftune.fused.beside import beside_adapter
         from ftune.fused.engine import fused
         from ftune.fused.sgd import SGDRule
 
-        return fused(groups, SGDRule(), learning_rate, options, setting)
+        groups, rule = beside_adapter(groups, SGDRule(), options)
+        return fused(groups, rule, learning_rate, options, setting)
 
 
 plugin = LOMO()

@@ -39,6 +39,8 @@ MESSAGES = {
     "layers-not-found": "The model has no list of layers, which a method that trains layer by layer needs.",
     "lisa-layers": "`tuning.activated_layers` is more than the model has.",
     "lora-options": "PEFT refuses these options of lora together.",
+    "shared-weight": "`tuning.target_modules` names a layer whose weight is another's too: an adapter folded into one "
+    "would be in both.",
     "lora-targets": "The model has no layers of the names in `tuning.target_modules` or its neighbours.",
     "max-length": "Rows are longer than the positions the model knows.",
     "model-directory": "`model.model_name_or_path` names a folder that is not there, or a file.",

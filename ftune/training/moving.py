@@ -61,12 +61,20 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
             chosen = self.recipe.optimizer
             decayed = set(self.get_decay_parameter_names(self.model))
             trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+            tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
+            beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
             groups = [
                 {
-                    "params": [weight for name, weight in trained if name in decayed],
-                    "weight_decay": training.weight_decay,
-                },
-                {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
+                    "params": [
+                        weight
+                        for name, weight in trained
+                        if (name in decayed) is decays and (id(weight) in beside) is adapter
+                    ],
+                    "weight_decay": training.weight_decay if decays else 0.0,
+                    "adapter": adapter,
+                }
+                for adapter in (False, True)
+                for decays in (True, False)
             ]
             setting = plugin.Setting(
                 model=self.model,
@@ -80,7 +88,6 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
                 self.method.build, learning_rate=training.learning_rate, options=chosen.options, setting=setting
             )
             groups = [group for group in groups if group["params"]]
-            tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
             if tuning.rotates:
                 steps = self.steps_per_epoch()
                 self.optimizer = tuning.rotating(

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ftune import rundir
+from ftune import plugin, rundir
 from ftune.data.detect import reads_plain_text
 from ftune.errors import Interrupted, Problem
 from ftune.models import golden
@@ -57,6 +57,7 @@ def finish(
     trainer.stop_if_weights_not_finite()
     if trainer.eval_dataset is not None and not trainer.evaluated_at(trainer.state.global_step):
         trainer._determine_best_metric(trainer.evaluate(), None)
+    trainer.model = plugin.tuning(trainer.recipe.tuning.method).finished(trainer.model)
     _save_model(trainer)
     answers = samples.ask("after")
     shown.close()

@@ -16,6 +16,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ftune import plugin, rundir
@@ -284,11 +285,22 @@ class FtuneTrainer(MovingTrainer):
         return found
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Set the rate by the schedule: the saved one is the old schedule's, which may have ended at zero."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+        """Read the state from the disk into the host's memory, and set the rate by the schedule.
+
+        With several ranks Hugging Face would put all of it on the device at once, where state that waits on the host
+        has no room. Mapped, it takes no memory for each rank. The saved rate is the old schedule's, which may have
+        ended at zero.
+        """
+        if checkpoint is None:
             return
+        folder, mapped = Path(checkpoint), self.args.device.type != "cpu"
+        self.optimizer.load_state_dict(
+            torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=mapped)
+        )
         schedule = self.lr_scheduler
+        schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True))
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            return
         for group, peak, factor in zip(
             self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
 
 import ftune
@@ -22,8 +18,6 @@ from ftune.machine import probe
 from ftune.plugin import Gradients
 from ftune.rotation.optimizer import RotatingOptimizer
 from ftune.training import resuming, run
-
-ROOT = Path(__file__).parents[2]
 
 RATES = {"sgd": 0.3, "lomo": 0.3, "adalomo": 2e-2}
 """Where a few steps on a tiny model need another rate than 3e-3."""
@@ -131,24 +125,15 @@ def test_accumulation_is_refused_with_the_ways_there_are(tiny_model: Path, rows:
     assert "accumulate: buffer" in problem.fix
 
 
-def launched(path: Path) -> None:
-    """Train on two ranks, as torchrun starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
-    command += [sys.executable, "-m", "ftune", "train", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("optim", FUSED)
-def test_two_ranks_are_one_with_both_halves(optim: str, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_one_with_both_halves(
+    optim: str, tiny_model: Path, rows: Path, tmp_path: Path, launched: Any
+) -> None:
     shared = settings_of(optim, learning_rate=RATES.get(optim, 3e-3) / 10, max_steps=4)
     alone = recipe(tiny_model, rows, tmp_path / "one", training={**shared, "per_device_train_batch_size": 8})
     one = ftune.train(alone).directory
     values = recipe(tiny_model, rows, tmp_path / "two", training={**shared, "per_device_train_batch_size": 4})
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    launched(path)
+    launched(values, tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-6)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-6, atol=1e-6)

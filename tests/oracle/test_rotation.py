@@ -20,7 +20,7 @@ import yaml
 from conftest import make_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 import ftune
 from ftune import plugin
@@ -30,6 +30,7 @@ from ftune.rotation.optimizer import RotatingOptimizer, parts_of
 from ftune.rotation.plans import Turns
 from ftune.rotation.units import Unit
 from ftune.training import resuming, run
+from ftune.training.trainer import FtuneTrainer
 
 ROOT = Path(__file__).parents[2]
 _RATE, _DECAY = 1e-2, 0.1
@@ -578,6 +579,30 @@ class TestRuns:
         assert set(weights(whole)) == set(weights_at(tiny_model))
         results = [json.loads((path / "result.json").read_text())["eval_loss"] for path in (half, whole)]
         assert results[0] == results[1]
+
+    def test_state_is_read_into_the_memory_of_the_host(
+        self, tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on two GPUs, of which meta takes the place: what was put there could not be read back."""
+        settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5}
+        values = recipe(tiny_model, rows, tmp_path / "run", tuning={"method": "hift"}, training=settings)
+        whole = Path(ftune.train(values).directory)
+        expected = weights(whole)
+        shutil.rmtree(whole / "model")
+        shutil.rmtree(whole / "checkpoints" / "checkpoint-6")
+        (whole / "result.json").unlink()
+        load = FtuneTrainer._load_optimizer_and_scheduler
+
+        def on_two_devices(self: FtuneTrainer, checkpoint: str | None) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(TrainingArguments, "world_size", 2)
+                patch.setattr(TrainingArguments, "device", torch.device("meta"))
+                load(self, checkpoint)
+
+        monkeypatch.setattr(FtuneTrainer, "_load_optimizer_and_scheduler", on_two_devices)
+        continued = resuming.reopen(whole, (), probe())
+        run.train(continued.spec, plain=True, checkpoint=continued.checkpoint)
+        assert same_bits(weights(whole), expected)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("method", "options"), _METHODS, ids=[name for name, _ in _METHODS])
