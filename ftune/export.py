@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from ftune import rundir
+from ftune.adapters.pooled import fold_pooled
 from ftune.errors import Problem, RecipeError, RunError
 from ftune.models import generate, golden
 from ftune.models.finished import finished_tokenizer, load_finished, of_run
@@ -21,6 +22,8 @@ from ftune.models.quiet import quiet
 from ftune.models.source import Say, config_of, silent, source_directory
 from ftune.places import expanded
 from ftune.plugin import Conversation, Turn
+from ftune.quantized.linear import QuantizedLinear
+from ftune.quantized.model import codes_of, dequantised
 from ftune.recipe.schema import Model
 from ftune.training import checkpoint
 
@@ -101,7 +104,8 @@ def _written_whole(output: Path) -> Iterator[Path]:
 
 def _require_plain_weights(adapted: Any, name: str) -> None:
     """Refuse a base stored in fewer bits: what training moved is smaller than its steps."""
-    if getattr(adapted.get_base_model(), "is_quantized", False):
+    base = adapted.get_base_model()
+    if getattr(base, "is_quantized", False) and not codes_of(base):
         why = "its weights are quantised, and adding the adapter to them would round most of it away"
         fix = f"use the adapter on it as it is, or train one on the unquantised weights of `{name}` and merge that"
         what = f"the adapter cannot be merged into its base `{name}`"
@@ -149,6 +153,8 @@ def stored_dtype(folder: Path, name: str) -> torch.dtype:
 
 
 def _fold(adapted: Any) -> Any:
+    if codes_of(adapted.get_base_model()):
+        return dequantised(fold_pooled(adapted, over=QuantizedLinear))
     try:
         with quiet():
             return adapted.merge_and_unload(safe_merge=True)

@@ -122,6 +122,22 @@ class Tuning(Plugin):
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 
+    def prepare(
+        self,
+        model: Any,
+        options: Any,
+        *,
+        directory: Path,
+        batches: Callable[[int], Iterable[dict[str, Any]]],
+        say: Callable[[str], None],
+    ) -> Any:
+        """Return the loaded model as it is trained upon, before `apply`.
+
+        What is made of it is kept in the run `directory`, for a resumed run and other ranks to have the same;
+        `batches(rows)` yields so many training rows, one by one, for one that looks at data.
+        """
+        return model
+
     @abstractmethod
     def apply(self, model: Any, options: Any) -> Any:
         """Return the model with exactly the declared weights trainable."""
@@ -133,6 +149,13 @@ class Tuning(Plugin):
     def finished(self, model: Any) -> Any:
         """Return a trained model as it is saved at the end."""
         return model
+
+    def fingerprint(self, model: Any) -> str | None:
+        """Return what identifies the weights that `prepare` made; checkpoints hold it, and no others go with them."""
+        return None
+
+    def save_beside(self, folder: Path, directory: Path) -> None:
+        """Put what the adapter in `folder` needs besides the base, from the run `directory`, into it."""
 
     def copies_in_float32(self, options: Any) -> bool:
         """Return whether weights of 16 bits move through float32 copies, which lose no small update."""

@@ -20,13 +20,15 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 TEMPLATE_SAMPLE = "ftune_template.json"
 REPORT = "report.html"
+CODES = "codes.safetensors"
+CODES_LOCK = ".codes.lock"
 ZEROTH_ORDER = "zeroth_order.log"
 ZEROTH_ORDER_CHOSEN = "zeroth_order.safetensors"
 LOCK = ".lock"
 OWN = frozenset(
     (
         *(RECIPE, OVERRIDES, RUN, ENVIRONMENT, METRICS, RESULT, SAMPLES, CHECKPOINTS, MODEL, REPORT, LOCK),
-        *(ZEROTH_ORDER, ZEROTH_ORDER_CHOSEN),
+        *(ZEROTH_ORDER, ZEROTH_ORDER_CHOSEN, CODES, CODES_LOCK),
     )
 )
 """Everything that ftune itself writes into a run directory."""

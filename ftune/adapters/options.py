@@ -9,8 +9,8 @@ from pydantic import Field
 from ftune.options import Flag, Fraction, Integer, Options, Positive, Text
 
 
-class LoRAOptions(Options):
-    """Options of LoRA, in PEFT's spelling."""
+class LowRankOptions(Options):
+    """Options of every low-rank addition, in PEFT's spelling."""
 
     r: Integer = Field(default=16, ge=1)
     """Rank of the addition."""
@@ -20,6 +20,11 @@ class LoRAOptions(Options):
     """Dropout on the adapter's input."""
     target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     """Names of the layers that get an adapter, a regular expression, or `all-linear`: all but the output layer."""
+
+
+class LoRAOptions(LowRankOptions):
+    """Options of LoRA, in PEFT's spelling."""
+
     modules_to_save: list[Text] | None = None
     """Names of layers trained in full beside the adapter, such as embed_tokens."""
     use_rslora: Flag = False

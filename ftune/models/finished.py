@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ftune import rundir
+from ftune.adapters.pooled import accept
 from ftune.errors import Problem, RunError
 from ftune.models import golden
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, damaged, silent
+from ftune.quantized.files import read_codes
+from ftune.quantized.linear import QuantizedLinear
+from ftune.quantized.model import put_codes
 from ftune.recipe.schema import Model, Recipe
 from ftune.resolve.spec import RunSpec
 
@@ -81,10 +85,14 @@ def _attach(model: Any, folder: Path) -> Any:
 
     try:
         with quiet(), warnings.catch_warnings(record=True) as said:
-            from peft import PeftModel
+            from peft import PeftConfig, PeftModel
 
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+            config = PeftConfig.from_pretrained(str(folder))
+            if (folder / rundir.CODES).is_file():
+                put_codes(model, read_codes(folder / rundir.CODES))
+                accept(config, QuantizedLinear)
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, config=config)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise damaged(str(folder), str(error).strip().split("\n")[0][:300]) from error
     lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]

@@ -11,6 +11,7 @@ import torch
 
 from ftune.errors import FtuneError, MachineError, Problem, RecipeError, RunError
 from ftune.models.checks import check_causal, check_remote_code
+from ftune.models.few_bits import load_codes
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, check_weights, config_of, damaged, public_name, silent, source_directory
 from ftune.recipe.schema import Model
@@ -92,6 +93,10 @@ def _read_weights(model: Model, folder: str, config: Any) -> Any:
         {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
     )
     try:
+        coded = load_codes(model, Path(folder), config)
+        if coded is not None:
+            _check_report(coded[1], model.model_name_or_path)
+            return coded[0]
         with quiet():
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 folder,

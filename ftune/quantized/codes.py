@@ -8,6 +8,8 @@ else, which is why an adapter over such groups merges exactly.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +17,8 @@ import torch
 from ftune.errors import Problem, RecipeError
 from ftune.quantized.packing import pack, unpack
 
-_BLOCK = 1 << 22
-"""Weights dequantised at a time: 16 MB of float32 beside the result, whatever the size of the layer."""
+_BLOCK = 1 << 20
+"""Weights dequantised at a time: 4 MB of float32 beside the result, whatever the size of the layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +91,8 @@ class GroupCodes:
         return torch.addcmul(offset[..., None], grouped, scale[..., None]).view_as(codes)
 
     def shifted(self, delta: torch.Tensor) -> GroupCodes:
-        """Return the codes with `delta` (out_features, groups) added to every weight of its group; no code moves.
-
-        The sum is made in float64 and kept in the wider of the two dtypes.
-        """
-        dtype = torch.promote_types(self.offset.dtype, delta.dtype)
-        return replace(self, offset=(self.offset.double() + delta.double()).to(dtype))
+        """Return the codes with `delta` (out_features, groups) added to every weight of its group; no code moves."""
+        return replace(self, offset=(self.offset.double() + delta.double()).to(self.offset.dtype))
 
     def to(self, target: torch.device | torch.dtype) -> GroupCodes:
         """Return the codes on a device, or with scale and offset in a dtype."""
@@ -109,11 +107,14 @@ class GroupCodes:
         )
 
 
-def require_groups(in_features: int, group_size: int, layer: str = "a layer") -> None:
-    """Raise RecipeError where the inputs of a layer are no whole number of groups, and say what divides them."""
+def require_groups(in_features: int, group_size: int, layer: str = "a layer", every: Iterable[int] = ()) -> None:
+    """Raise RecipeError where the inputs of a layer are no whole number of groups.
+
+    Says what divides them, and the inputs of `every` other layer.
+    """
     if in_features % group_size == 0:
         return
-    fitting = [size for size in (8, 16, 32, 64, 128, 256) if in_features % size == 0]
+    fitting = [size for size in (8, 16, 32, 64, 128, 256) if math.gcd(in_features, *every) % size == 0]
     fix = f"choose a group_size that divides it: {', '.join(map(str, fitting))}" if fitting else "leave this layer out"
     why = f"a group is {group_size} consecutive inputs with one scale and one offset"
     what = f"{layer} has {in_features} inputs, which are no whole number of groups of {group_size}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,16 +44,21 @@ class QuantizedLinear(nn.Module):
             codes.group_index,
         )
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The packed codes, under the name by which PEFT asks a quantised layer where it is."""
+        return self.packed
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y: torch.Tensor = _Product.apply(x, self.bits, self.packed, self.scale, self.offset, self.group_index)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def dequantised(self) -> nn.Linear:
-        """Return the layer with a float32 weight."""
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """Return the layer with a weight of that dtype; the bias keeps its own."""
         dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.codes.dequantise(), requires_grad=False)
+        dense.weight = nn.Parameter(self.codes.dequantise(dtype), requires_grad=False)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return dense
@@ -82,11 +86,3 @@ class _Product(torch.autograd.Function):
 def _weight(held: tuple[Any, ...], bits: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     packed, scale, offset, group_index = held
     return GroupCodes(packed, scale, offset, bits, in_features, group_index).dequantise(dtype)
-
-
-def quantise_layers(model: nn.Module, names: list[str], fit: Callable[[str, nn.Linear], GroupCodes]) -> None:
-    """Put codes in the place of the named `nn.Linear` layers of a model, one by one; each dense weight is freed."""
-    for name in names:
-        dense = model.get_submodule(name)
-        assert isinstance(dense, nn.Linear)
-        model.set_submodule(name, QuantizedLinear(fit(name, dense), dense.bias))

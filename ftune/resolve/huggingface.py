@@ -64,6 +64,8 @@ def training_arguments(recipe: Recipe, *, device_type: str) -> dict[str, Any]:
         "accelerator_config": {"dispatch_batches": False},
         # Every trained weight takes part in every step; looking for others costs a pass over the graph.
         "ddp_find_unused_parameters": False,
+        # No buffer changes while training, and those of quantised layers are the model itself.
+        "ddp_broadcast_buffers": False,
     }
     if training.eval_strategy == "no":
         arguments["metric_for_best_model"] = None

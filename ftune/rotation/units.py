@@ -40,7 +40,7 @@ def units_of(model: Any) -> Units:
     its layers, position embeddings among it; the head is the rest: the final norm, and an output layer of its own.
     OPT lists its final norm before its layers, which so moves with the embedding.
     """
-    layers = _layers(model)
+    layers = blocks_of(model)
     in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
     below, above, passed = _weights_of(model, "get_input_embeddings"), [], False
     output = {id(weight) for weight in _weights_of(model, "get_output_embeddings")}
@@ -78,7 +78,7 @@ def _unit(name: str, weights: Iterable[torch.nn.Parameter], taken: set[int]) -> 
     return Unit(name, tuple(own))
 
 
-def _layers(model: Any) -> list[torch.nn.Module]:
+def blocks_of(model: Any) -> list[torch.nn.Module]:
     """Return the blocks of the list that holds most elements: experts and branches are lists within its blocks."""
     found: list[torch.nn.Module] = []
     largest = 0

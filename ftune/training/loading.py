@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ftune import plugin
@@ -42,6 +44,17 @@ def load_rows(spec: RunSpec, tokenizer: object) -> Prepared:
         cache=cache_directory() / "tokens",
         learns=plugin.objective(spec.recipe.objective.method).formats,
     )
+
+
+def single_rows(rows: Any, collator: Any, count: int) -> Iterator[dict[str, Any]]:
+    """Yield what a model reads of up to `count` rows, one at a time, from all over the data where that can be done."""
+    if hasattr(rows, "__len__"):
+        chosen: Iterable[Any] = (rows[number] for number in range(0, len(rows), max(1, len(rows) // count)))
+    else:
+        chosen = iter(rows)
+    for row in itertools.islice(chosen, count):
+        batch = collator([row])
+        yield {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 
 def prompts_of(spec: RunSpec, data: Prepared) -> tuple[object, ...]:

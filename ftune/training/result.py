@@ -78,6 +78,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
         try:
             with quiet(), rundir.whole_directory(final) as folder:
                 model.save_pretrained(folder)
+                plugin.tuning(trainer.recipe.tuning.method).save_beside(folder, trainer.directory)
                 trainer.processing_class.save_pretrained(folder)
                 golden.write(folder, trainer.processing_class, plain=reads_plain_text(trainer.recipe.data))
         except Exception as error:

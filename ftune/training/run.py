@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from pathlib import Path
@@ -13,12 +14,13 @@ from ftune import plugin, rundir
 from ftune.data.collate import Collator, padding_id
 from ftune.models.load import load_tokenizer
 from ftune.models.quiet import quiet
+from ftune.quantized.model import codes_of
 from ftune.resolve import Decision, RunSpec, check_later
 from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary
-from ftune.training.loading import load_base, load_rows, prompts_of, tell
+from ftune.training.loading import load_base, load_rows, prompts_of, single_rows, tell
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
 from ftune.training.trainer import FtuneTrainer, Parts
@@ -56,13 +58,21 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
     check_lengths(recipe, data, model)
     check_vocabulary(tokenizer, model, data)
     check_packing(recipe, model)
-    set_seed(recipe.training.seed)
-    with quiet():
-        model = plugin.tuning(recipe.tuning.method).apply(model, recipe.tuning.options)
-
     flatten = recipe.model.attn_implementation.startswith("flash")
     padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
     collator = Collator(padding, flatten=flatten, by_source=data.has_several_sources)
+    set_seed(recipe.training.seed)
+    tuning = plugin.tuning(recipe.tuning.method)
+    model = tuning.prepare(
+        model,
+        recipe.tuning.options,
+        directory=home,
+        batches=functools.partial(single_rows, data.train, collator),
+        say=shown.say,
+    )
+    with quiet():
+        model = tuning.apply(model, recipe.tuning.options)
+
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
     if recipe.training.early_stopping_patience is not None:
@@ -117,4 +127,6 @@ def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:
 
     weights = list(trainer.model.parameters())
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    shown.say(f"training {format_count(trained)} of {format_count(sum(w.numel() for w in weights))} weights")
+    coded = sum(codes.out_features * codes.in_features for codes in codes_of(trainer.model).values())
+    every = coded + sum(weight.numel() for weight in weights)
+    shown.say(f"training {format_count(trained)} of {format_count(every)} weights")

@@ -70,6 +70,7 @@ class FtuneTrainer(MovingTrainer):
         self.loss_is_scaled_for_ga = True
         self.meter = Meter(self.args.device, _told_apart(parts.sources))
         self.prepare_to_move()
+        self._base = plugin.tuning(self.recipe.tuning.method).fingerprint(self.model)
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
@@ -273,7 +274,7 @@ class FtuneTrainer(MovingTrainer):
         if self.args.should_save:
             ranks = self.accelerator.num_processes
             state = {**self.meter.state(), "last_evaluation": self.last_evaluation}
-            state |= {"ranks": ranks, "stopped_early": self._stops_early()}
+            state |= {"ranks": ranks, "stopped_early": self._stops_early(), "base": self._base}
             if meters is not None:
                 state["window_by_rank"] = meters.tolist()
             (folder / checkpoint.STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -312,6 +313,10 @@ class FtuneTrainer(MovingTrainer):
         state = json.loads((folder / checkpoint.STATE).read_text(encoding="utf-8"))
         if (evaluated := state.pop("last_evaluation")) is not None:
             self.last_evaluation = (evaluated[0], evaluated[1])
+        if state.pop("base", None) != self._base:
+            what = f"{folder.name} was trained upon other quantised weights than these"
+            fix = f"restore {rundir.CODES} in {self.directory} from a copy, or start a new run"
+            raise RunError(Problem("resume-base", what, why="an adapter mends the errors of its own base", fix=fix))
         by_rank, _, _ = state.pop("window_by_rank", None), state.pop("ranks"), state.pop("stopped_early")
         if by_rank is not None:
             state["window"] = by_rank[self.args.process_index]
