@@ -117,12 +117,42 @@ class Tuning(Plugin):
     frozen_base: ClassVar[bool] = False
     """Frozen weights need no float32 copy: they may be held in the compute dtype."""
 
+    quantises: ClassVar[bool] = False
+    """Whether it holds the base in fewer bits than its files do: `quantization` then says how.
+
+    Such a base is whole on every device: what splits weights over devices (ZeRO-3) cannot split it.
+    """
+
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 
     @abstractmethod
-    def apply(self, model: Any, options: Any) -> Any:
-        """Return the model with exactly the declared weights trainable."""
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+        """Return the model with exactly the declared weights trainable; `batches` are those it calibrates on."""
+
+    def calibration_batches(self, options: Any) -> int:
+        """Return how many batches of training rows `apply` wants to look at."""
+        return 0
+
+    def quantization(self, options: Any) -> Mapping[str, Any] | None:
+        """Return how the base is loaded in fewer bits: arguments of BitsAndBytesConfig; None loads it as it is."""
+        return None
+
+    def fits_rounded_base(self, options: Any) -> bool:
+        """Return whether the adapter makes up for what quantising took, so that it is wrong on the unquantised base."""
+        return False
+
+    def takes_from_base(self, options: Any) -> bool:
+        """Return whether the adapter starts with a part of the weights, which is taken out of them."""
+        return False
+
+    def learning_rate_of(self, name: str, weight: torch.Tensor, learning_rate: float, options: Any) -> float:
+        """Return the peak learning rate of one trained weight."""
+        return learning_rate
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the result so that it is right on the base that the recipe names."""
+        model.save_pretrained(folder)
 
     def copies_in_float32(self, options: Any) -> bool:
         """Return whether weights of 16 bits move through float32 copies, which lose no small update."""

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ftune import rundir
+from ftune import plugin, rundir
 from ftune.data.detect import reads_plain_text
 from ftune.errors import Interrupted, Problem
 from ftune.models import golden
@@ -76,7 +76,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
         model.config.use_cache = True  # the Trainer turns it off, and generating without it is slow
         try:
             with quiet(), rundir.whole_directory(final) as folder:
-                model.save_pretrained(folder)
+                plugin.tuning(trainer.recipe.tuning.method).save(model, folder)
                 trainer.processing_class.save_pretrained(folder)
                 golden.write(folder, trainer.processing_class, plain=reads_plain_text(trainer.recipe.data))
         except Exception as error:
