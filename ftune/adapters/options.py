@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from ftune.options import Flag, Fraction, Integer, Options, Positive, Text
 
@@ -18,8 +20,6 @@ class PlaceOptions(Options):
 
     target_modules: Text | Names = "all-linear"
     """Names of the layers that get an adapter, a regular expression, or `all-linear`: all but the output layer."""
-    exclude_modules: Text | Names | None = None
-    """Names of layers, or a regular expression, that get none although `target_modules` names them."""
     layers_to_transform: Annotated[list[Index], Field(min_length=1)] | None = None
     """Numbers of the layers that get an adapter, from 0; null is all of them."""
     layers_pattern: Text | None = None
@@ -34,6 +34,8 @@ class PlaceOptions(Options):
 class AdapterOptions(PlaceOptions):
     """Options that LoRA and QLoRA share."""
 
+    exclude_modules: Text | Names | None = None
+    """Names of layers, or a regular expression, that get none although `target_modules` names them."""
     r: Count = 16
     """Rank of the addition."""
     lora_alpha: Positive = 32
@@ -62,16 +64,33 @@ class AdapterOptions(PlaceOptions):
     """With init_lora_weights: eva, how alike directions of two batches must be for a layer to be done."""
 
 
+def _quick_pissa(value: str) -> str:
+    if not re.fullmatch("pissa_niter_[0-9]+", value):
+        raise PydanticCustomError("start", "pissa_niter_ with a number")
+    return value
+
+
 class LoRAOptions(AdapterOptions):
     """Options of LoRA, in PEFT's spelling."""
 
     init_lora_weights: (
-        Flag
-        | Literal["gaussian", "orthogonal", "eva", "pissa", "olora"]
-        | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
+        Flag | Literal["gaussian", "orthogonal", "eva", "pissa", "olora"] | Annotated[str, AfterValidator(_quick_pissa)]
     ) = True
     """How the adapter starts: true and `gaussian` at zero, so that step 0 is the base model; `pissa` (its quick form
     `pissa_niter_4`) and `olora` with a part of the weights, taken out of them; `eva` with directions of the data."""
+
+
+class VeRAOptions(PlaceOptions):
+    """Options of VeRA, in PEFT's spelling."""
+
+    r: Count = 256
+    """Rank of the shared matrices; a higher one costs little, for only r + out numbers a layer are trained."""
+    d_initial: Positive = 0.1
+    """What the vector between the matrices starts with; the one after them starts at zero."""
+    vera_dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    projection_prng_key: Annotated[Integer, Field(ge=0)] = 0
+    """The seed of the shared matrices, which are saved with the adapter."""
 
 
 class QLoRAOptions(AdapterOptions):

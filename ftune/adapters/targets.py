@@ -14,8 +14,10 @@ def check_names(model: Any, options: PlaceOptions) -> None:
     """Refuse each name or number that is no layer: PEFT passes over one as long as another matches."""
     layers = {name for name, _ in model.named_modules()}
     ends = {name.rpartition(".")[2] for name in layers}
+    if options.layers_to_transform is not None:
+        _check_counted(layers, options.target_modules)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        wanted = getattr(options, key)
+        wanted = getattr(options, key, None)
         for name in wanted if isinstance(wanted, list) else ():
             if not any(layer == name or layer.endswith("." + name) for layer in layers):
                 near = difflib.get_close_matches(name, ends, n=1)
@@ -33,6 +35,15 @@ def check_names(model: Any, options: PlaceOptions) -> None:
     _check_tokens(model, getattr(options, "trainable_token_indices", None))
 
 
+def _check_counted(layers: set[str], wanted: str | list[str]) -> None:
+    whole = [name for name in wanted if isinstance(wanted, list) and name in layers]
+    if whole or (isinstance(wanted, str) and wanted != "all-linear"):
+        what = "tuning.layers_to_transform would be ignored"
+        why = f"PEFT counts layers only for names that are in each of them, and {(whole or [wanted])[0]} is in one"
+        fix = "name layers by their last part, such as q_proj, or remove layers_to_transform"
+        raise RecipeError(Problem("lora-options", what, why=why, fix=fix))
+
+
 def _check_tokens(model: Any, wanted: list[int] | None) -> None:
     rows = model.get_input_embeddings().num_embeddings
     beyond = [number for number in wanted or () if number >= rows]
@@ -42,7 +53,10 @@ def _check_tokens(model: Any, wanted: list[int] | None) -> None:
 
 
 def spelled_out(model: Any, options: PlaceOptions) -> str | list[str]:
-    """Return the target modules; with numbers of layers PEFT takes no `all-linear`, but the names it stands for."""
+    """Return the target modules; with numbers of layers PEFT takes no `all-linear`, but the names it stands for.
+
+    Only the last part of each: a module that is named in full gets an adapter in whichever layer it is.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -51,7 +65,8 @@ def spelled_out(model: Any, options: PlaceOptions) -> str | list[str]:
         return wanted
     head = model.get_output_embeddings()
     linear = (torch.nn.Linear, Conv1D)
-    return sorted({name for name, module in model.named_modules() if isinstance(module, linear) and module is not head})
+    found = {name for name, module in model.named_modules() if isinstance(module, linear) and module is not head}
+    return sorted({name.rpartition(".")[2] for name in found})
 
 
 def refuse_whole_quantised(model: Any, wanted: list[str] | None) -> None:
