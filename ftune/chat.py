@@ -34,7 +34,7 @@ def open_target(target: str, gguf_file: str | None = None, say: Say = silent) ->
         recipe = recipe_of(path)
         if golden.reads_plain_text(found.folder) or (recipe is not None and reads_plain_text(recipe.data)):
             tokenizer.chat_template = None  # it learned to go on from plain text, not to take turns
-        return load_finished(found, device_type=device_type, say=say), tokenizer
+        return load_finished(found, device_type=device_type, say=say, as_trained=True), tokenizer
     tokenizer = load_tokenizer(model, say)
     if gguf_file is None and path.is_dir():
         golden.check(path, tokenizer)

@@ -119,6 +119,13 @@ class Tuning(Plugin):
 
     folds: ClassVar[bool] = False
     """Whether an adapter is trained beside weights that are trained too; the result is weights with it folded in."""
+
+    quantises: ClassVar[bool] = False
+    """Whether it holds the base in fewer bits than its files do: `quantization` then says how.
+
+    Such a base is whole on every device: what splits weights over devices (ZeRO-3) cannot split it.
+    """
+
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 
@@ -139,8 +146,32 @@ class Tuning(Plugin):
         return model
 
     @abstractmethod
-    def apply(self, model: Any, options: Any) -> Any:
-        """Return the model with exactly the declared weights trainable."""
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+        """Return the model with exactly the declared weights trainable; `batches` are those it calibrates on."""
+
+    def calibration_batches(self, options: Any) -> int:
+        """Return how many batches of training rows `apply` wants to look at."""
+        return 0
+
+    def quantization(self, options: Any) -> Mapping[str, Any] | None:
+        """Return how the base is loaded in fewer bits: arguments of BitsAndBytesConfig; None loads it as it is."""
+        return None
+
+    def fits_rounded_base(self, options: Any) -> bool:
+        """Return whether the adapter makes up for what quantising took, so that it is wrong on the unquantised base."""
+        return False
+
+    def takes_from_base(self, options: Any) -> bool:
+        """Return whether the adapter starts with a part of the weights, which is taken out of them."""
+        return False
+
+    def learning_rate_of(self, name: str, weight: torch.Tensor, learning_rate: float, options: Any) -> float:
+        """Return the peak learning rate of one trained weight."""
+        return learning_rate
+
+    def save(self, model: Any, folder: Path, *, directory: Path) -> None:
+        """Write the result so that it is right on the base that the recipe names; `directory` is the run's."""
+        model.save_pretrained(folder)
 
     def adapter_weights(self, model: Any) -> list[Any]:
         """Return the weights of an adapter that is trained beside others; an optimizer is told of them by group."""
@@ -153,9 +184,6 @@ class Tuning(Plugin):
     def fingerprint(self, model: Any) -> str | None:
         """Return what identifies the weights that `prepare` made; checkpoints hold it, and no others go with them."""
         return None
-
-    def save_beside(self, folder: Path, directory: Path) -> None:
-        """Put what the adapter in `folder` needs besides the base, from the run `directory`, into it."""
 
     def copies_in_float32(self, options: Any) -> bool:
         """Return whether weights of 16 bits move through float32 copies, which lose no small update."""

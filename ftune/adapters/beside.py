@@ -15,6 +15,7 @@ def add_beside(model: Any, options: LoRAOptions) -> Any:
     It stays the transformers model, and not PEFT's model around it, so that a checkpoint holds all weights. Raises
     RecipeError for layers that are none, and for one that shares its weight with another: the sum would be in both.
     """
+    _require_foldable(options)
     adapted = add_lora(model, options).get_base_model()
     _require_own_weights(adapted)
     adapted.requires_grad_(True)
@@ -46,6 +47,14 @@ def _adapted_layers(model: Any) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _require_foldable(options: LoRAOptions) -> None:
+    for key in ("adapter", "modules_to_save", "trainable_token_indices"):
+        if getattr(options, key) is not None:
+            what = f"tuning.{key} has no meaning where every weight is trained"
+            why = "the adapter begins at zero and goes into the weights beside it at the end"
+            raise RecipeError(Problem("lora-options", what, why=why, fix=f"remove tuning.{key}"))
 
 
 def _require_own_weights(model: Any) -> None:

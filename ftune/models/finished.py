@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftune import rundir
-from ftune.adapters.pooled import accept
+from ftune import plugin, rundir
+from ftune.adapters.bits import dequantised
+from ftune.adapters.continued import CONFIG as ADAPTER
+from ftune.adapters.continued import attached
 from ftune.errors import Problem, RunError
 from ftune.models import golden
 from ftune.models.load import load_model, read_tokenizer
@@ -20,8 +22,6 @@ from ftune.quantized.linear import QuantizedLinear
 from ftune.quantized.model import put_codes
 from ftune.recipe.schema import Model, Recipe
 from ftune.resolve.spec import RunSpec
-
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Finished:
     """What an adapter was trained on; None for whole weights."""
     model: Model
     """What to load: the base of an adapter, else the folder."""
+    quantization: Mapping[str, Any] | None = None
+    """How the base was held in fewer bits while the adapter was trained: arguments of BitsAndBytesConfig."""
+    fits_rounded_base: bool = False
+    """Whether the adapter makes up for what quantising took, and so belongs on no other base."""
 
 
 def is_run(path: Path) -> bool:
@@ -54,22 +58,35 @@ def of_run(directory: Path) -> Finished:
         what = f"the run `{directory}` has no finished model"
         fix = f"let it finish: ftune resume {directory}"
         raise RunError(Problem(rule="no-finished-model", what=what, why=f"`{folder}` is missing", fix=fix))
-    return of_folder(folder, recipe.model if (recipe := recipe_of(directory)) else None)
+    return of_folder(folder, recipe_of(directory))
 
 
-def of_folder(folder: Path, recipe_model: Model | None = None) -> Finished:
+def of_folder(folder: Path, recipe: Recipe | None = None) -> Finished:
     """Return what a folder holds, an adapter or whole weights; its recipe knows the base best."""
-    trusted = recipe_model is not None and recipe_model.trust_remote_code
+    trusted = recipe is not None and recipe.model.trust_remote_code
     if not (folder / ADAPTER).is_file():
         return Finished(folder, None, Model(model_name_or_path=str(folder), trust_remote_code=trusted))
-    base = recipe_model or _base_of(folder)
-    return Finished(folder, base, base)
+    if recipe is None:
+        base = _base_of(folder)
+        return Finished(folder, base, base)
+    tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
+    rounded = tuning.fits_rounded_base(options)
+    return Finished(folder, recipe.model, recipe.model, tuning.quantization(options), rounded)
 
 
-def load_finished(found: Finished, *, dtype: str = "auto", device_type: str = "cpu", say: Say = silent) -> Any:
-    """Return the model, an adapter attached to its base without being folded in."""
+def load_finished(
+    found: Finished, *, dtype: str = "auto", device_type: str = "cpu", say: Say = silent, as_trained: bool = False
+) -> Any:
+    """Return the model, an adapter attached to its base without being folded in.
+
+    The base has the weights of its files, to be merged with; `as_trained` holds it in fewer bits where training did.
+    An adapter that makes up for what quantising took gets what the codes stand for, which is what it was trained on.
+    """
     wanted = found.model.model_copy(update={"dtype": dtype, "attn_implementation": "auto"})
-    model = load_model(wanted, device_type=device_type, say=say)
+    bits = found.quantization if as_trained or found.fits_rounded_base else None
+    model = load_model(wanted, device_type=device_type, say=say, quantization=bits)
+    if bits is not None and not as_trained:
+        model = dequantised(model)
     return model if found.base is None else _attach(model, found.folder)
 
 
@@ -81,25 +98,12 @@ def finished_tokenizer(found: Finished, say: Say = silent) -> Any:
 
 
 def _attach(model: Any, folder: Path) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        with quiet(), warnings.catch_warnings(record=True) as said:
-            from peft import PeftConfig, PeftModel
-
-            warnings.simplefilter("always")
-            config = PeftConfig.from_pretrained(str(folder))
-            if (folder / rundir.CODES).is_file():
-                put_codes(model, read_codes(folder / rundir.CODES))
-                accept(config, QuantizedLinear)
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, config=config)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise damaged(str(folder), str(error).strip().split("\n")[0][:300]) from error
-    lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
-    if lacking:
-        # peft only warns, and leaves those parts at their random start.
-        raise damaged(str(folder), lacking[0].split("\n")[0][:300])
-    return adapted.eval()
+    kinds: tuple[type, ...] = ()
+    if (folder / rundir.CODES).is_file():
+        put_codes(model, read_codes(folder / rundir.CODES))
+        kinds = (QuantizedLinear,)
+    with quiet():
+        return attached(model, str(folder), trained=False, kinds=kinds).eval()
 
 
 def recipe_of(directory: Path) -> Recipe | None:

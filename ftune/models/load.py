@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ftune.adapters.bits import keep_differentiable
 from ftune.errors import FtuneError, MachineError, Problem, RecipeError, RunError
 from ftune.models.checks import check_causal, check_remote_code
 from ftune.models.few_bits import load_codes
@@ -53,8 +55,13 @@ def read_tokenizer(folder: str, *, trust_remote_code: bool = False, say: Say = s
     return tokenizer
 
 
-def load_model(model: Model, *, device_type: str = "cpu", say: Say = silent) -> Any:
-    """Return the causal language model with every weight taken from the files, none made up."""
+def load_model(
+    model: Model, *, device_type: str = "cpu", say: Say = silent, quantization: Mapping[str, Any] | None = None
+) -> Any:
+    """Return the causal language model with every weight taken from the files, none made up.
+
+    `quantization` holds its linear layers in fewer bits: arguments of transformers' BitsAndBytesConfig.
+    """
     from transformers import AutoConfig
 
     name = model.model_name_or_path
@@ -69,10 +76,13 @@ def load_model(model: Model, *, device_type: str = "cpu", say: Say = silent) -> 
         raise damaged(str(Path(folder) / "config.json"), _first_line(error)) from error
     check_causal(config, name)
     check_weights(Path(folder), name)
-    loaded = _read_weights(model, folder, config)
+    loaded = _read_weights(model, folder, config, device_type, quantization)
+    keep_differentiable(loaded)
     spoken = public_name(model)
     loaded.name_or_path = loaded.config._name_or_path = spoken or folder  # what an adapter remembers as its base
-    return loaded.to(_device(device_type))
+    loaded.weights_folder = folder
+    # What is quantised is on its device already, and what was quantised to 8 bits refuses to be moved.
+    return loaded if getattr(loaded, "is_quantized", False) else loaded.to(_device(device_type))
 
 
 def max_positions(model: Any) -> int | None:
@@ -85,13 +95,21 @@ def max_positions(model: Any) -> int | None:
     return None
 
 
-def _read_weights(model: Model, folder: str, config: Any) -> Any:
+def _read_weights(
+    model: Model, folder: str, config: Any, device_type: str, quantization: Mapping[str, Any] | None
+) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     arguments: dict[str, Any] = (
         {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
     )
+    if quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
+    if quantization is not None or getattr(config, "quantization_config", None) is not None:
+        arguments["device_map"] = {"": _device(device_type)}
     try:
         coded = load_codes(model, Path(folder), config)
         if coded is not None:

@@ -55,8 +55,6 @@ RENAMED = {
     "adam_beta1": "this is `optim_args: {betas: [0.9, 0.999]}`",
     "adam_beta2": "this is `optim_args: {betas: [0.9, 0.999]}`",
     "adam_epsilon": "this is `optim_args: {eps: 1e-8}`",
-    "load_in_4bit": "this version holds no base weights in 4 or 8 bits; `model.dtype: bfloat16` halves them",
-    "load_in_8bit": "this version holds no base weights in 4 or 8 bits; `model.dtype: bfloat16` halves them",
     "do_train": "remove it: `ftune train` trains",
     "do_eval": "remove it: rows in `data.eval` are evaluated",
     "<<": "YAML 1.2 has no merge keys: write the keys out, or put an alias (`*name`) after one key",

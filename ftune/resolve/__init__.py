@@ -13,7 +13,7 @@ from ftune.machine import Machine
 from ftune.places import expanded
 from ftune.recipe import Loaded, order, overrides, read, source, validate
 from ftune.recipe.schema import Recipe, listed
-from ftune.resolve import files, output
+from ftune.resolve import adapters, files, output
 from ftune.resolve.decide import decide
 from ftune.resolve.huggingface import training_arguments
 from ftune.resolve.spec import Decision, RunSpec
@@ -51,7 +51,8 @@ def examine(
 
 
 def _file_problems(written: source.Source, *, trains: bool) -> list[Problem]:
-    return files.problems(written) + (output.problems(written) if trains else [])
+    found = [*files.problems(written), *adapters.problems(written)]
+    return found + (output.problems(written) if trains else [])
 
 
 def check_later(spec: RunSpec, key: str, value: Any, say: Callable[[str], None]) -> None:

@@ -15,7 +15,8 @@ from ftune.machine import Machine
 from ftune.places import locate, model_folder
 from ftune.recipe import Loaded
 from ftune.recipe import source as sources
-from ftune.recipe.schema import Recipe, listed
+from ftune.recipe.schema import Chosen, Recipe, listed
+from ftune.resolve import adapters
 from ftune.resolve.spec import Decision
 
 _MOST_PROCESSES = 16
@@ -26,7 +27,18 @@ def decide(loaded: Loaded, machine: Machine) -> tuple[Recipe, tuple[Decision, ..
     """Return the recipe without any `auto`, and why each value is what it is."""
     recipe = loaded.recipe
     found: list[Decision] = []
-    for chooser in (_paths, _model_files, _precision, _dtype, _attention, _optimizer, _evaluation, _loader, _engine):
+    for chooser in (
+        _paths,
+        _model_files,
+        _precision,
+        _dtype,
+        _adapter,
+        _attention,
+        _optimizer,
+        _evaluation,
+        _loader,
+        _engine,
+    ):
         chosen = list(chooser(loaded, recipe, machine))
         recipe = _with(recipe, chosen)
         found.extend(chosen)
@@ -37,8 +49,9 @@ def _with(recipe: Recipe, decisions: list[Decision]) -> Recipe:
     for decision in decisions:
         section, key = decision.key.split(".")
         before = getattr(recipe, section)
-        changed = type(before)(**{**before.model_dump(), key: decision.value})
-        recipe = replace(recipe, **{section: changed})
+        options = before.options if isinstance(before, Chosen) else before
+        changed = type(options)(**{**options.model_dump(), key: decision.value})
+        recipe = replace(recipe, **{section: replace(before, options=changed) if options is not before else changed})
     return recipe
 
 
@@ -123,7 +136,10 @@ def _dtype(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisio
     if recipe.model.dtype != "auto":
         return
     tuning = plugin.tuning(recipe.tuning.method)
-    if tuning.frozen_base and recipe.training.bf16:
+    if tuning.takes_from_base(recipe.tuning.options):
+        why = "what the adapter starts with is taken out of the weights, and 16 bits would round the rest"
+        yield Decision("model.dtype", "float32", why)
+    elif tuning.frozen_base and recipe.training.bf16:
         yield Decision("model.dtype", "bfloat16", "frozen weights need no float32 copy; what is trained stays float32")
     elif tuning.frozen_base and recipe.training.fp16:
         yield Decision("model.dtype", "float16", "frozen weights need no float32 copy; what is trained stays float32")
@@ -132,6 +148,23 @@ def _dtype(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisio
     else:
         why = "trained weights keep small updates in float32" if not tuning.frozen_base else "what is computed in"
         yield Decision("model.dtype", "float32", why)
+
+
+def _adapter(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    options = recipe.tuning.options
+    if getattr(options, "bnb_4bit_compute_dtype", None) == "auto":
+        training = recipe.training
+        computed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+        yield Decision("tuning.bnb_4bit_compute_dtype", computed, "what the rest of the model computes in")
+    if (name := getattr(options, "adapter", None)) is None:
+        return
+    folder = locate(name, loaded.directory)
+    if folder is not None:
+        yield Decision("tuning.adapter", str(folder), "the folder of that name")
+    given = loaded.source.data.get("tuning", {})
+    for key, value in adapters.made_with(folder, type(options).model_fields).items():
+        if key not in given:
+            yield Decision(f"tuning.{key}", value, "the adapter was made with it")
 
 
 def _attention(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
@@ -181,6 +214,13 @@ def _loader(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisi
 def _engine(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
     if recipe.distributed.engine == "auto":
         yield Decision("distributed.engine", "ddp", "whole replicas: nothing is split over devices")
+
+
+_CHOOSERS = (
+    *(_paths, _model_files, _precision, _dtype, _adapter, _attention, _optimizer),
+    *(_evaluation, _loader, _engine),
+)
+"""In this order: each sees what those before it chose."""
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ftune import plugin
 from ftune.cache import content_hash
 from ftune.errors import Place, Problem
 from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder, package_folder
+from ftune.recipe.schema import PLUGIN_SECTIONS
 from ftune.recipe.source import KeyPath, Source
 
 
@@ -119,6 +123,32 @@ def _model_problems(source: Source) -> Iterator[Problem]:
         yield Problem("model-directory", f"there is no directory {name}", place, fix=_near(name, beside))
     elif found is not None and found.is_file():
         yield model_is_a_file(name, found, place)
+    elif found is not None:
+        yield from _quantised(source, found)
+
+
+def _quantised(source: Source, folder: Path) -> Iterator[Problem]:
+    method = _section(source, "tuning").get("method", PLUGIN_SECTIONS["tuning"][1])
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if method in plugin.names(plugin.TUNINGS) and (problem := quantised_base(config, method)) is not None:
+            yield dataclasses.replace(problem, where=source.value(("model", "model_name_or_path")))
+
+
+def quantised_base(config: Mapping[str, Any], method: str) -> Problem | None:
+    """Return the problem of a model, by its config.json, that is held in few bits where a method needs it whole."""
+    if not config.get("quantization_config"):
+        return None
+    tuning = plugin.tuning(method)
+    if not tuning.frozen_base:
+        what = f"{method} cannot move the weights of a quantised model"
+        fix = "name the unquantised model, or train an adapter beside these weights: tuning.method: lora"
+        return Problem("base-quantised", what, why="they are stored as integers, which have no gradient", fix=fix)
+    if tuning.quantises:
+        what = "the model is quantised already"
+        fix = "set tuning.method: lora, which takes it as it is; or name the unquantised model"
+        return Problem("base-quantised", what, why=f"{method} quantises the weights that it loads", fix=fix)
+    return None
 
 
 def model_is_a_file(name: str, found: Path, place: Place | None = None) -> Problem:

@@ -25,6 +25,9 @@ MESSAGES = {
     "unknown-name": "`ftune explain` was asked for a name that nothing has.",
     "unknown-recipe": "No recipe of that name comes with ftune; `ftune init --list` shows those that do.",
     "yaml": "The recipe is not YAML, or holds what has no meaning in a recipe (tags, several documents).",
+    "adapter-differs": "The recipe gives an adapter that is trained on another shape or scale than it was made with.",
+    "adapter-folder": "`tuning.adapter` names a folder without an adapter, or one that fits only a base that was "
+    "changed for it.",
     "attention-unsupported": "The model has no code for the `model.attn_implementation` that is set.",
     "base-quantised": "The model's weights are stored in few bits: they can carry an adapter, but be neither trained "
     "themselves nor merged with.",
@@ -43,8 +46,6 @@ MESSAGES = {
     "zeroth-order-mask": "The run that `mask` names did not choose among these weights.",
     "zeroth-order-reads": "A trained weight is read elsewhere than in its own layer, so that it cannot be perturbed.",
     "zeroth-order-rest": "The weights that do not move cannot be held in few bits as `rest_bits` asks.",
-    "gptq-inputs": "The inputs of a layer in the calibration batches are infinite or not numbers.",
-    "group-size": "The inputs of a layer are no whole number of groups that share a scale and an offset.",
     "layers-not-found": "The model has no list of layers, which a method that trains layer by layer needs.",
     "lisa-layers": "`tuning.activated_layers` is more than the model has.",
     "lora-options": "PEFT refuses these options of lora together.",
@@ -54,6 +55,8 @@ MESSAGES = {
     "max-length": "Rows are longer than the positions the model knows.",
     "model-directory": "`model.model_name_or_path` names a folder that is not there, or a file.",
     "no-input": "`ftune chat` has no standard input to read questions from.",
+    "eva-batches": "The batches hold too few learned tokens for EVA to find its directions in.",
+    "loftq-weights": "LoftQ finds no unquantised weights of that name in the model's files.",
     "no-tokenizer": "The model's folder holds no tokenizer that can be read.",
     "not-a-causal-lm": "The model does not continue text: it is an encoder, translates, or classifies.",
     "not-an-adapter": "`ftune merge` was given a run that trained whole weights: there is nothing to fold in.",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
 
 from ftune import plugin
 from ftune.cache import cache_directory
+from ftune.data.collate import Collator
 from ftune.data.lengths import NOW, length_summary, padding_of
 from ftune.data.prepare import LOOKED_AT, Prepared, Stored, prepare
 from ftune.errors import RecipeError
 from ftune.models.load import load_model
+from ftune.models.source import config_of, source_directory
 from ftune.recipe.schema import Recipe
-from ftune.resolve import Decision, RunSpec
+from ftune.resolve import Decision, RunSpec, files
 from ftune.training import directory, progress
 
 _CHEAPER = {"packing": "data.packing: true", "group_by_length": "training.group_by_length: true"}
@@ -24,8 +31,15 @@ _WORTH_SAYING = 0.1
 
 def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     """Load the model; where ftune chose an attention that this architecture lacks, it chooses again and says so."""
+    recipe = spec.recipe
+    tuning = plugin.tuning(recipe.tuning.method)
+    bits = tuning.quantization(recipe.tuning.options)
+    held = config_of(Path(source_directory(recipe.model, shown.say)), recipe.model.model_name_or_path)
+    if (problem := files.quantised_base(held, recipe.tuning.method)) is not None:
+        raise RecipeError(problem)
+    load = functools.partial(load_model, device_type=spec.device_type, say=shown.say, quantization=bits)
     try:
-        return spec, load_model(spec.recipe.model, device_type=spec.device_type, say=shown.say)
+        return spec, load(recipe.model)
     except RecipeError as error:
         chosen = any(decision.key == "model.attn_implementation" for decision in spec.decisions)
         if not chosen or error.problems[0].rule != "attention-unsupported":
@@ -33,7 +47,29 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     decision = Decision("model.attn_implementation", "eager", "this architecture has no fused attention")
     shown.say(f"{decision.key} = {decision.value}: {decision.why}")
     spec = directory.settle(spec, decision)
-    return spec, load_model(spec.recipe.model, device_type=spec.device_type, say=shown.say)
+    return spec, load(spec.recipe.model)
+
+
+def batches_to_look_at(spec: RunSpec, data: Prepared, collator: Collator, device: Any) -> Iterator[dict[str, Any]]:
+    """Yield the batches that the tuning wants to see before the first step: the same ones on every rank.
+
+    Of rows that are all there, they are drawn by the seed; of a stream they are the first.
+    """
+    training = spec.recipe.training
+    wanted = plugin.tuning(spec.recipe.tuning.method).calibration_batches(spec.recipe.tuning.options)
+    if not wanted:
+        return
+    rows = data.train
+    chance = torch.Generator().manual_seed(training.seed) if hasattr(rows, "__len__") else None
+    loader = DataLoader(
+        rows,
+        batch_size=training.per_device_train_batch_size,
+        shuffle=chance is not None,
+        generator=chance,
+        collate_fn=collator,
+    )
+    for batch in itertools.islice(loader, wanted):
+        yield {name: values.to(device) for name, values in batch.items()}
 
 
 def load_rows(spec: RunSpec, tokenizer: object) -> Prepared:

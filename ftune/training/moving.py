@@ -59,23 +59,6 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             training = self.recipe.training
             chosen = self.recipe.optimizer
-            decayed = set(self.get_decay_parameter_names(self.model))
-            trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-            tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
-            beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
-            groups = [
-                {
-                    "params": [
-                        weight
-                        for name, weight in trained
-                        if (name in decayed) is decays and (id(weight) in beside) is adapter
-                    ],
-                    "weight_decay": training.weight_decay if decays else 0.0,
-                    "adapter": adapter,
-                }
-                for adapter in (False, True)
-                for decays in (True, False)
-            ]
             setting = plugin.Setting(
                 model=self.model,
                 device_type=self.args.device.type,
@@ -87,7 +70,8 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
             build = functools.partial(
                 self.method.build, learning_rate=training.learning_rate, options=chosen.options, setting=setting
             )
-            groups = [group for group in groups if group["params"]]
+            groups = self._groups()
+            tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
             if tuning.rotates:
                 steps = self.steps_per_epoch()
                 self.optimizer = tuning.rotating(
@@ -96,6 +80,28 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
             else:
                 self.optimizer = build(groups)
         return self.optimizer
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the trained weights by part, rate and decay; those of the recipe's own rate do not name it."""
+        training = self.recipe.training
+        tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
+        beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, float, float], list[torch.Tensor]] = {}
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                rate = tuning.learning_rate_of(name, weight, training.learning_rate, options)
+                decay = training.weight_decay if name in decayed else 0.0
+                groups.setdefault((id(weight) in beside, rate, decay), []).append(weight)
+        return [
+            {
+                "params": weights,
+                "weight_decay": decay,
+                "adapter": adapter,
+                **({} if rate == training.learning_rate else {"lr": rate}),
+            }
+            for (adapter, rate, decay), weights in groups.items()
+        ]
 
     @property
     def own_optimizer(self) -> Any:

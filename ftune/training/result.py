@@ -77,8 +77,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
         model.config.use_cache = True  # the Trainer turns it off, and generating without it is slow
         try:
             with quiet(), rundir.whole_directory(final) as folder:
-                model.save_pretrained(folder)
-                plugin.tuning(trainer.recipe.tuning.method).save_beside(folder, trainer.directory)
+                plugin.tuning(trainer.recipe.tuning.method).save(model, folder, directory=trainer.directory)
                 trainer.processing_class.save_pretrained(folder)
                 golden.write(folder, trainer.processing_class, plain=reads_plain_text(trainer.recipe.data))
         except Exception as error:

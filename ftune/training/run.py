@@ -20,7 +20,7 @@ from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary
-from ftune.training.loading import load_base, load_rows, prompts_of, single_rows, tell
+from ftune.training.loading import batches_to_look_at, load_base, load_rows, prompts_of, single_rows, tell
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
 from ftune.training.trainer import FtuneTrainer, Parts
@@ -61,6 +61,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
     flatten = recipe.model.attn_implementation.startswith("flash")
     padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
     collator = Collator(padding, flatten=flatten, by_source=data.has_several_sources)
+    batches = batches_to_look_at(spec, data, collator, model.device)
     set_seed(recipe.training.seed)
     tuning = plugin.tuning(recipe.tuning.method)
     model = tuning.prepare(
@@ -71,7 +72,7 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
         say=shown.say,
     )
     with quiet():
-        model = tuning.apply(model, recipe.tuning.options)
+        model = tuning.apply(model, recipe.tuning.options, batches=batches)
 
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
@@ -123,10 +124,11 @@ def _arguments(spec: RunSpec, *, fresh: bool) -> TrainingArguments:
 
 
 def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:
+    from ftune.adapters.bits import count
     from ftune.units import format_count
 
     weights = list(trainer.model.parameters())
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    trained = sum(count(weight) for weight in weights if weight.requires_grad)
     coded = sum(codes.out_features * codes.in_features for codes in codes_of(trainer.model).values())
-    every = coded + sum(weight.numel() for weight in weights)
+    every = coded + sum(map(count, weights))
     shown.say(f"training {format_count(trained)} of {format_count(every)} weights")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -32,7 +32,7 @@ class BAdam(Tuning):
     rotates = True
     Options = BAdamOptions
 
-    def apply(self, model: Any, options: Any) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         from ftune.rotation.units import free_all, units_of
 
         free_all(model)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from ftune.errors import Problem, RecipeError
 from ftune.options import Options
 from ftune.plugin import Tuning
 
@@ -18,11 +18,7 @@ class Full(Tuning):
     summary = "Every weight is trained."
     Options = FullOptions
 
-    def apply(self, model: Any, options: Any) -> Any:
-        if getattr(model, "is_quantized", False):
-            what = "full fine-tuning cannot move the weights of a quantised model"
-            fix = "set tuning.method: lora, or name the unquantised model"
-            raise RecipeError(Problem("base-quantised", what, why="they are stored as integers", fix=fix))
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         model.requires_grad_(True)
         return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from pydantic import Field
@@ -28,7 +28,7 @@ class HiFT(Tuning):
     rotates = True
     Options = HiFTOptions
 
-    def apply(self, model: Any, options: Any) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         from ftune.rotation.units import free_all
 
         return free_all(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import Field
@@ -27,7 +27,7 @@ class LISA(Tuning):
     rotates = True
     Options = LISAOptions
 
-    def apply(self, model: Any, options: Any) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         from ftune.rotation.units import free_all
 
         return free_all(model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters.options import LoRAOptions
+from ftune.adapters.rates import loraplus_rate
 from ftune.plugin import Tuning
 
 
@@ -17,10 +19,24 @@ class LoRA(Tuning):
     learning_rate_reason = "adapters start at zero and are small: the customary rate for LoRA"
     Options = LoRAOptions
 
-    def apply(self, model: Any, options: Any) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         from ftune.adapters.lora import add_lora
 
-        return add_lora(model, options)
+        return add_lora(model, options, batches=batches)
+
+    def save(self, model: Any, folder: Any, *, directory: Any) -> None:
+        from ftune.adapters.residual import save
+
+        save(model, folder)
+
+    def takes_from_base(self, options: Any) -> bool:
+        return str(options.init_lora_weights).startswith(("pissa", "olora"))
+
+    def calibration_batches(self, options: Any) -> int:
+        return options.eva_batches if options.init_lora_weights == "eva" else 0
+
+    def learning_rate_of(self, name: str, weight: Any, learning_rate: float, options: Any) -> float:
+        return loraplus_rate(name, weight, learning_rate, options)
 
 
 plugin = LoRA()

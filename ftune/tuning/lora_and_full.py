@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters.options import LoRAOptions
@@ -14,7 +15,7 @@ class LoRAAndFull(Tuning):
     folds = True
     Options = LoRAOptions
 
-    def apply(self, model: Any, options: Any) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         from ftune.adapters.beside import add_beside
         from ftune.rotation.units import free_all
 

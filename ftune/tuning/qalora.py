@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ftune import rundir
-from ftune.adapters.options import LowRankOptions
+from ftune.adapters.options import Count, LowRankOptions
 from ftune.errors import Problem, RecipeError
 from ftune.options import Integer, Positive
 from ftune.plugin import Tuning
@@ -18,7 +18,7 @@ from ftune.plugin import Tuning
 class QALoRAOptions(LowRankOptions):
     """Options of QA-LoRA."""
 
-    r: Integer = Field(default=64, ge=1)
+    r: Count = 64
     """Rank of the addition."""
     lora_alpha: Positive = 16
     """The addition is scaled by lora_alpha / r."""
@@ -95,7 +95,7 @@ class QALoRA(Tuning):
             fit = {"minmax": fit_minmax, "hqq": fit_half_quadratic}[options.fit]
             quantise(model, names, lambda weight: fit(weight, bits, group_size))
 
-    def apply(self, model: Any, options: Any) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         from ftune.adapters.pooled import add_pooled_lora
         from ftune.adapters.targets import matched
         from ftune.quantized.linear import QuantizedLinear
@@ -110,9 +110,10 @@ class QALoRA(Tuning):
 
         return fingerprint(codes_of(model.get_base_model()))
 
-    def save_beside(self, folder: Path, directory: Path) -> None:
+    def save(self, model: Any, folder: Path, *, directory: Path) -> None:
         from ftune.quantized.files import copy_codes
 
+        super().save(model, folder, directory=directory)
         copy_codes(directory / rundir.CODES, folder / rundir.CODES)
 
 

@@ -1,0 +1,58 @@
+"""Adapters that were made before, here or elsewhere, to go on training or to use."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ftune.errors import Problem, RecipeError, RunError
+
+CONFIG = "adapter_config.json"
+
+
+def continued(model: Any, folder: str) -> Any:
+    """Return the model with a saved adapter that is trained on; raises FtuneError where it does not fit the model."""
+    from peft import PeftConfig
+
+    if not (Path(folder) / CONFIG).is_file():
+        what = f"tuning.adapter: `{folder}` holds no {CONFIG}"
+        raise RecipeError(Problem("adapter-folder", what, fix="name a folder that PEFT's save_pretrained wrote"))
+    start = str(getattr(PeftConfig.from_pretrained(folder), "init_lora_weights", True))
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        what = f"the adapter in `{folder}` belongs to a base that {start} changed"
+        why = "it was saved without that base: on the weights as they are it would count its beginning twice"
+        fix = "convert it: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), as ftune saves it"
+        raise RecipeError(Problem("adapter-folder", what, why=why, fix=fix))
+    return attached(model, folder, trained=True)
+
+
+def attached(model: Any, folder: str, *, trained: bool, kinds: tuple[type, ...] = ()) -> Any:
+    """Return the model with the adapter of a folder; raises RunError where files and model do not go together.
+
+    `kinds` are those of layers that PEFT does not know by itself.
+    """
+    from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    from ftune.adapters.pooled import accept
+
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            config = PeftConfig.from_pretrained(folder)
+            for kind in kinds:
+                accept(config, kind)
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trained, config=config)
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise _unfit(folder, str(error).strip().split("\n")[0][:300]) from error
+    # peft only warns, and leaves those parts at their random start.
+    lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
+    if lacking:
+        raise _unfit(folder, lacking[0].split("\n")[0][:300])
+    return adapted
+
+
+def _unfit(folder: str, why: str) -> RunError:
+    what = f"the adapter in `{folder}` is damaged, or was made for another model"
+    return RunError(Problem("weights-damaged", what, why=why, fix="name the base it was trained on, or copy it again"))
