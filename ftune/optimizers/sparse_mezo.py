@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ftune.options import Integer, Number, Options, Positive
-from ftune.plugin import Gradients, Optimizer, Setting
+from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
 
 
 class SparseMeZOOptions(Options):
@@ -37,6 +37,10 @@ class SparseMeZO(Optimizer):
     default_max_grad_norm = 0.0
     max_grad_norm_reason = "what it would clip is a slope along one random direction, for which no bound is customary"
     Options = SparseMeZOOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of a number for each weight that moves; where all do, none is needed."""
+        return 4 * options.density * tensor.elements if options.density < 1 else 0.0
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.zeroth.optimizer import SparseZerothOrder
