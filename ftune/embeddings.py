@@ -21,16 +21,25 @@ def end_weights(model: Any) -> list[Any]:
     return [*embedding_weights(model), *([] if weight is None else [weight])]
 
 
+def of_model(weight: Any) -> Any:
+    """Return the model's weight for which a copy stands that an optimizer moves; else the weight itself."""
+    return getattr(weight, "copy_of", weight)
+
+
 def split_hidden(groups: list[dict[str, Any]], model: Any) -> list[dict[str, Any]]:
     """Return parameter groups in two parts each: `hidden` matrices, and embeddings, output layer and vectors.
 
     Without a model every matrix counts as hidden.
     """
     ends = {id(weight) for weight in end_weights(model)}
+
+    def is_hidden(weight: Any) -> bool:
+        return weight.ndim == 2 and id(of_model(weight)) not in ends
+
     split = []
     for group in groups:
         for hidden in (True, False):
-            chosen = [weight for weight in group["params"] if (weight.ndim == 2 and id(weight) not in ends) is hidden]
+            chosen = [weight for weight in group["params"] if is_hidden(weight) is hidden]
             if chosen:
                 split.append({**group, "params": chosen, "hidden": hidden})
     return split
@@ -47,8 +56,11 @@ def keep_in_32_bits(optimizer: Any, weights: list[Any]) -> Any:
 
     manager = GlobalOptimManager.__new__(GlobalOptimManager)
     manager.initialize()
-    for weight in weights:
-        manager.override_config(weight, "optim_bits", 32)
+    wanted = {id(weight) for weight in weights}
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if id(of_model(weight)) in wanted:
+                manager.override_config(weight, "optim_bits", 32)
     manager.register_parameters(optimizer.param_groups)
     optimizer.mng = manager
     return optimizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -112,6 +112,32 @@ class Adam8bitOptions(AdamOptions):
     min_8bit_size: Integer = Field(default=4096, ge=1)
     """Tensors with fewer elements keep 32-bit states."""
 
+    def state_bytes(self, elements: int, *, in_32_bits: bool) -> int:
+        """Return the bytes of a tensor's two states, in 32 bits if asked."""
+        return bytes_of_state(elements, states=2, in_32_bits=in_32_bits or elements < self.min_8bit_size)
+
+
+class Lion8bitOptions(Options):
+    """Options of Lion with a state of one byte."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """Weight of the momentum in the update, and decay rate of the momentum."""
+    min_8bit_size: Integer = Field(default=4096, ge=1)
+    """Tensors with fewer elements keep a 32-bit state."""
+
+    def state_bytes(self, elements: int, *, in_32_bits: bool) -> int:
+        """Return the bytes of a tensor's state, in 32 bits if asked."""
+        return bytes_of_state(elements, states=1, in_32_bits=in_32_bits or elements < self.min_8bit_size)
+
+
+def bytes_of_state(elements: int, *, states: int, in_32_bits: bool) -> int:
+    """Return the bytes of bitsandbytes' states of a tensor: one an element, and a float32 scale for each block."""
+    return states * 4 * elements if in_32_bits else states * (elements + 4 * math.ceil(elements / BLOCK))
+
+
+BLOCK = 256
+"""Elements that share a scale in bitsandbytes' 8-bit states."""
+
 
 class FactoredOptions(Options):
     """Options of Adafactor's family."""
@@ -123,12 +149,22 @@ class FactoredOptions(Options):
     decay_rate: Number = Field(default=-0.8, lt=0)
     """Exponent of step in the second moment's decay: 1 - step ** decay_rate."""
 
+    def statistics_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a tensor's second moment: float32 for each row and column of its matrices."""
+        if len(shape) < 2:
+            return 4 * math.prod(shape)
+        *leading, rows, columns = shape
+        return 4 * math.prod(leading) * (rows + columns)
+
 
 class AdapterRate(Options):
     """Options of an optimizer that moves an adapter beside trained weights by AdamW."""
 
     adapter_learning_rate: Positive = 2e-4
     """Peak rate of AdamW on the adapter, where the tuning trains one beside the weights; learning_rate is theirs."""
+
+    adapter_state_bytes_per_parameter: ClassVar[float] = 8.0
+    """AdamW's two running means of an adapter's weight, in float32."""
 
 
 class FusedOptions(Options):

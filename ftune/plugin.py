@@ -11,7 +11,7 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -45,6 +45,10 @@ class Plugin(ABC):
     Options: ClassVar[type[Options]] = Options
 
 
+StateBytes = Callable[[Any, int], float]
+"""The bytes of optimizer state of one weight, of which something with so many bytes an element is moved."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What an optimizer may need to know of the run that it is built for."""
@@ -60,6 +64,25 @@ class Setting:
     """Whether float16 is computed in, so that the loss is scaled up for small gradients not to vanish."""
     directory: Path | None = None
     """The run directory, for one that keeps a log of its own."""
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """What an optimizer's state depends on, of one tensor that it moves."""
+
+    shape: tuple[int, ...]
+    element_bytes: int = 4
+    """Of what the optimizer moves: the weight itself, or its float32 copy."""
+    hidden: bool = True
+    """False for embeddings and the output layer."""
+    embedding: bool = False
+    """Whether it is the weight of an embedding layer, which a tied output layer shares."""
+    adapter: bool = False
+    """Whether it is of an adapter beside weights that are trained too."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 class Optimizer(Plugin):
@@ -79,6 +102,8 @@ class Optimizer(Plugin):
     """Bytes of optimizer state per trained element of a large matrix."""
     state_bytes_note: ClassVar[str] = ""
     """What the figure leaves out (factored statistics, small tensors kept in 32 bits)."""
+    state_in_weights_dtype: ClassVar[bool] = False
+    """Whether its state has the weights' dtype: the figure is that of float32, and of 16 bits it is half."""
     default_learning_rate: ClassVar[float] = 5e-5
     """Used for full fine-tuning where the recipe says `auto`."""
     learning_rate_reason: ClassVar[str] = "Hugging Face's default for AdamW"
@@ -87,9 +112,10 @@ class Optimizer(Plugin):
     device_notes: ClassVar[Mapping[str, str]] = {}
     """What a user should know about it on one kind of device."""
 
-    def state_bytes(self, shape: tuple[int, ...], options: Any, *, hidden: bool = True) -> float:
-        """Return the bytes of state of one trained tensor; `hidden` is False for embeddings and the output layer."""
-        return self.state_bytes_per_parameter * math.prod(shape)
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of state of one trained tensor, but for single numbers such as a count of steps."""
+        share = tensor.element_bytes / 4 if self.state_in_weights_dtype else 1.0
+        return self.state_bytes_per_parameter * tensor.elements * share
 
     def clips_itself(self, options: Any) -> bool:
         """Return whether its options limit gradients already, so that the global norm need not."""
@@ -188,6 +214,10 @@ class Tuning(Plugin):
     def copies_in_float32(self, options: Any) -> bool:
         """Return whether weights of 16 bits move through float32 copies, which lose no small update."""
         return False
+
+    def state_bytes(self, model: Any, trained: Sequence[Any], of: StateBytes, options: Any) -> float:
+        """Return the most bytes of optimizer state that are held at a time, and so by a checkpoint."""
+        return sum(of(weight, weight.element_size()) for weight in trained)
 
     def rotating(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import FactoredOptions, Flag, Fraction
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, TrainedTensor
 
 
 class AdafactorOptions(FactoredOptions):
@@ -27,6 +27,10 @@ class Adafactor(Optimizer):
     default_max_grad_norm = 0.0
     max_grad_norm_reason = "Adafactor clips each tensor's update itself (clip_threshold)"
     Options = AdafactorOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of the statistics, and of a first moment where there is one."""
+        return float(options.statistics_bytes(tensor.shape) + (4 * tensor.elements if options.beta1 is not None else 0))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from transformers.optimization import Adafactor as HuggingFaceAdafactor

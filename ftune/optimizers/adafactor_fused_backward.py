@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import FactoredOptions, Flag, FusedOptions
-from ftune.plugin import Gradients, Optimizer, Setting
+from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
 
 
 class AdafactorFusedOptions(FactoredOptions, FusedOptions):
@@ -26,6 +26,10 @@ class AdafactorFused(Optimizer):
     default_max_grad_norm = 0.0
     max_grad_norm_reason = "Adafactor clips each tensor's update itself (clip_threshold)"
     Options = AdafactorFusedOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of the statistics."""
+        return float(options.statistics_bytes(tensor.shape))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.fused.adafactor import AdafactorRule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import AdapterRate, FactoredOptions, FusedOptions
-from ftune.plugin import Gradients, Optimizer, Setting
+from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
 
 
 class AdaLomoOptions(FactoredOptions, FusedOptions, AdapterRate):
@@ -23,6 +23,12 @@ class AdaLomo(Optimizer):
     default_max_grad_norm = 0.0
     max_grad_norm_reason = "each tensor's update is limited by itself (clip_threshold), in one backward"
     Options = AdaLomoOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of the statistics, or of AdamW's means of an adapter."""
+        if tensor.adapter:
+            return float(options.adapter_state_bytes_per_parameter * tensor.elements)
+        return float(options.statistics_bytes(tensor.shape))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.fused.adafactor import AdafactorRule

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftune.embeddings import embedding_weights, keep_in_32_bits
 from ftune.options import Adam8bitOptions
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, TrainedTensor
 
 
 class AdamW8bit(Optimizer):
@@ -18,6 +18,10 @@ class AdamW8bit(Optimizer):
     )
     needs = ("bitsandbytes",)
     Options = Adam8bitOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of state of one tensor; an embedding's is in 32 bits."""
+        return float(options.state_bytes(tensor.elements, in_32_bits=tensor.embedding))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit

@@ -13,6 +13,7 @@ class AdamWFused(Optimizer):
     summary = "AdamW with its whole update in one kernel, on CPU and GPU."
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"
+    state_in_weights_dtype = True
     Options = AdamOptions
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:

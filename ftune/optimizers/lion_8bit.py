@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
 from ftune.embeddings import embedding_weights, keep_in_32_bits
-from ftune.options import Fraction, Integer, Options
-from ftune.plugin import Optimizer, Setting
-
-
-class Lion8bitOptions(Options):
-    """Options of 8-bit Lion."""
-
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    """Weight of the momentum in the update, and decay rate of the momentum."""
-    min_8bit_size: Integer = Field(default=4096, ge=1)
-    """Tensors with fewer elements keep a 32-bit state."""
+from ftune.options import Lion8bitOptions
+from ftune.plugin import Optimizer, Setting, TrainedTensor
 
 
 class Lion8bit(Optimizer):
@@ -31,6 +20,10 @@ class Lion8bit(Optimizer):
     learning_rate_reason = "every weight moves by the whole rate, so Lion wants 3 to 10 times less than AdamW"
     needs = ("bitsandbytes",)
     Options = Lion8bitOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of state of one tensor; an embedding's is in 32 bits."""
+        return float(options.state_bytes(tensor.elements, in_32_bits=tensor.embedding))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from bitsandbytes.optim import Lion8bit as BitsAndBytesLion8bit

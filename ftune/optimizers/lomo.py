@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import AdapterRate, FusedOptions
-from ftune.plugin import Gradients, Optimizer, Setting
+from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
 
 
 class LOMOOptions(FusedOptions, AdapterRate):
@@ -22,6 +22,10 @@ class LOMO(Optimizer):
     default_max_grad_norm = 1.0
     max_grad_norm_reason = "without clipping only small rates are stable; the norm costs a second backward"
     Options = LOMOOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of AdamW's means of an adapter; weights have no state."""
+        return float(options.adapter_state_bytes_per_parameter * tensor.elements) if tensor.adapter else 0.0
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.fused.beside import beside_adapter

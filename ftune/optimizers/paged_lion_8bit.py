@@ -5,20 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field
-
 from ftune.embeddings import embedding_weights, keep_in_32_bits
-from ftune.options import Fraction, Integer, Options
-from ftune.plugin import Optimizer, Setting
-
-
-class PagedLion8bitOptions(Options):
-    """Options of paged 8-bit Lion."""
-
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    """Weight of the momentum in the update, and decay rate of the momentum."""
-    min_8bit_size: Integer = Field(default=4096, ge=1)
-    """Tensors with fewer elements keep a 32-bit state."""
+from ftune.options import Lion8bitOptions
+from ftune.plugin import Optimizer, Setting, TrainedTensor
 
 
 class PagedLion8bit(Optimizer):
@@ -34,7 +23,11 @@ class PagedLion8bit(Optimizer):
     device_notes: ClassVar[Mapping[str, str]] = {
         "cpu": "without a GPU there is nothing to page: its states are those of lion_8bit"
     }
-    Options = PagedLion8bitOptions
+    Options = Lion8bitOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of state of one tensor; an embedding's is in 32 bits."""
+        return float(options.state_bytes(tensor.elements, in_32_bits=tensor.embedding))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from bitsandbytes import optim

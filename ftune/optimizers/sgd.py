@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import Flag, Fraction, Options
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, TrainedTensor
 
 
 class SGDOptions(Options):
@@ -25,6 +25,10 @@ class SGD(Optimizer):
     default_learning_rate = 1e-2
     learning_rate_reason = "SGD does not normalise the gradient, so it needs far larger steps than AdamW"
     Options = SGDOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of the momentum, in the weights' dtype."""
+        return tensor.element_bytes * tensor.elements if options.momentum else 0.0
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         import torch

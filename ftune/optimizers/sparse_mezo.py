@@ -10,7 +10,7 @@ from pydantic import Field
 from ftune.errors import Problem, RecipeError
 from ftune.options import Integer, Number, Options, Positive, Text
 from ftune.places import expanded
-from ftune.plugin import Gradients, Optimizer, Setting
+from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
 
 
 class SparseMeZOOptions(Options):
@@ -47,6 +47,13 @@ class SparseMeZO(Optimizer):
     default_max_grad_norm = 0.0
     max_grad_norm_reason = "what it would clip is a slope along one random direction, for which no bound is customary"
     Options = SparseMeZOOptions
+
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of a number for each weight that moves, none where all do, and of the codes of the others."""
+        places = 4 * options.density * tensor.elements if options.density < 1 else 0.0
+        if options.rest_bits is None or not tensor.hidden or len(tensor.shape) != 2:
+            return places
+        return places + tensor.elements * (options.rest_bits / 8 + 8 / options.rest_group_size)
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.zeroth.optimizer import SparseZerothOrder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ftune.plugin import Optimizer
+from ftune.plugin import Optimizer, TrainedTensor
 from ftune.projected.options import state_bytes
 
 
@@ -17,9 +17,9 @@ class GaLoreFacts(Optimizer):
         "at most the rank; embeddings, output layer and vectors keep 8"
     )
 
-    def state_bytes(self, shape: tuple[int, ...], options: Any, *, hidden: bool = True) -> float:
-        """Return the bytes of state of one tensor; `hidden` is False for embeddings and the output layer."""
-        return state_bytes(shape, options, keeps_projection=True, hidden=hidden)
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of state of one tensor."""
+        return state_bytes(tensor.shape, options, keeps_projection=True, hidden=tensor.hidden)
 
 
 class ApolloFacts(Optimizer):
@@ -31,6 +31,6 @@ class ApolloFacts(Optimizer):
         "rank; embeddings, output layer and vectors keep 8"
     )
 
-    def state_bytes(self, shape: tuple[int, ...], options: Any, *, hidden: bool = True) -> float:
-        """Return the bytes of state of one tensor; `hidden` is False for embeddings and the output layer."""
-        return state_bytes(shape, options, keeps_projection=False, hidden=hidden)
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of state of one tensor."""
+        return state_bytes(tensor.shape, options, keeps_projection=False, hidden=tensor.hidden)

@@ -23,6 +23,8 @@ class Masters:
     def __init__(self, weights: Iterable[torch.nn.Parameter]) -> None:
         short = [weight for weight in weights if is_short(weight)]
         self.pairs = [(weight, torch.nn.Parameter(weight.detach().float())) for weight in short]
+        for weight, master in self.pairs:
+            master.copy_of = weight  # an optimizer that treats embeddings apart has to know its embeddings
 
     def in_place_of_weights(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return parameter groups in which copies stand for the weights that have one."""

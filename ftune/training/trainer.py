@@ -20,7 +20,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ftune import plugin, rundir
-from ftune.embeddings import end_weights
+from ftune.embeddings import embedding_weights, end_weights
 from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
 from ftune.recipe.schema import Recipe
@@ -353,13 +353,25 @@ class FtuneTrainer(MovingTrainer):
 
     def saved_bytes(self) -> tuple[int, int]:
         """Return about how many bytes a checkpoint and the final model take on the disk."""
-        kept = self.trained if plugin.tuning(self.recipe.tuning.method).has_adapter else list(self.model.parameters())
-        weights = checkpoint.tensor_bytes(kept)
-        ends, options = {id(weight) for weight in end_weights(self.model)}, self.recipe.optimizer.options
-        state = sum(
-            self.method.state_bytes(tuple(weight.shape), options, hidden=id(weight) not in ends)
-            for weight in self.trained
-        )
+        tuning = plugin.tuning(self.recipe.tuning.method)
+        weights = checkpoint.tensor_bytes(self.trained if tuning.has_adapter else list(self.model.parameters()))
+        ends = {id(weight) for weight in end_weights(self.model)}
+        embeddings = {id(weight) for weight in embedding_weights(self.model)}
+        beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
+
+        def of(weight: torch.Tensor, element_bytes: int) -> float:
+            tensor = plugin.TrainedTensor(
+                tuple(weight.shape),
+                element_bytes,
+                hidden=id(weight) not in ends,
+                embedding=id(weight) in embeddings,
+                adapter=id(weight) in beside,
+            )
+            # The weights of a checkpoint are the average: those that are trained are saved with the state.
+            average = element_bytes * tensor.elements if self.method.averages else 0
+            return self.method.state_bytes(tensor, self.recipe.optimizer.options) + average
+
+        state = tuning.state_bytes(self.model, self.trained, of, self.recipe.tuning.options)
         return weights + int(state), weights
 
 

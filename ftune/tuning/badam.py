@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ftune.options import Flag, Integer, Options
-from ftune.plugin import Tuning
+from ftune.plugin import StateBytes, Tuning
 
 _SHORTEST, _LONGEST = 50, 100
 
@@ -44,6 +44,13 @@ class BAdam(Tuning):
 
     def copies_in_float32(self, options: Any) -> bool:
         return True
+
+    def state_bytes(self, model: Any, trained: Sequence[Any], of: StateBytes, options: Any) -> float:
+        """Return the bytes of the largest block's states and float32 copies; the other blocks have none."""
+        from ftune.rotation.sizes import bytes_of_units
+        from ftune.rotation.units import units_of
+
+        return max(bytes_of_units(units_of(model).in_order, trained, of, with_masters=True))
 
     def rotating(
         self,

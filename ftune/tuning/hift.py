@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from ftune.options import Flag, Integer, Options
-from ftune.plugin import Tuning
+from ftune.plugin import StateBytes, Tuning
 
 
 class HiFTOptions(Options):
@@ -35,6 +35,12 @@ class HiFT(Tuning):
 
     def copies_in_float32(self, options: Any) -> bool:
         return bool(options.mixed)
+
+    def state_bytes(self, model: Any, trained: Sequence[Any], of: StateBytes, options: Any) -> float:
+        """Return the bytes of all states, and of the float32 copies."""
+        from ftune.rotation.sizes import state_bytes
+
+        return state_bytes(trained, of, with_masters=options.mixed)
 
     def rotating(
         self,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pydantic import Field
 
 from ftune.errors import Problem, RecipeError
 from ftune.options import Integer, Options
-from ftune.plugin import Tuning
+from ftune.plugin import StateBytes, Tuning
 
 
 class LISAOptions(Options):
@@ -31,6 +31,15 @@ class LISA(Tuning):
         from ftune.rotation.units import free_all
 
         return free_all(model)
+
+    def state_bytes(self, model: Any, trained: Sequence[Any], of: StateBytes, options: Any) -> float:
+        """Return the bytes of the states of both ends and of the largest layers that can move together."""
+        from ftune.rotation.sizes import bytes_of_units
+        from ftune.rotation.units import units_of
+
+        units = units_of(model)
+        layers = sorted(bytes_of_units(units.layers, trained, of), reverse=True)
+        return sum(layers[: options.activated_layers]) + sum(bytes_of_units((units.embedding, units.head), trained, of))
 
     def rotating(
         self,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ftune import plugin
+from ftune.rotation.masters import Masters
 
 _RATE, _DECAY, _STEPS = 1e-2, 0.1, 20
 Array = numpy.ndarray[Any, Any]
@@ -136,6 +137,42 @@ def test_embeddings_keep_32_bits_and_nothing_else_does(name: str, tied: bool) ->
             assert optimizer.state[weight]["state1"].dtype == (torch.uint8 if eight else torch.float32), called
 
 
+@pytest.mark.parametrize("smallest", [1, 4096, 5120, 5121])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_declared_state_is_counted_tensor_by_tensor(name: str, tied: bool, smallest: int) -> None:
+    """Of embeddings in 32 bits, of an output layer of its own in 8, and of tensors at and below the limit."""
+    model = Language(tied)
+    optimizer = made(name, list(model.parameters()), model, min_8bit_size=smallest)
+    teach(optimizer, model, 1)
+    found = plugin.optimizer(name)
+    for called, weight in model.named_parameters():
+        # The tables by which 8 bits are read are the same for all tensors.
+        held = {key: value for key, value in optimizer.state[weight].items() if not key.startswith("qmap")}
+        tensor = plugin.TrainedTensor(tuple(weight.shape), embedding="embed" in called)
+        declared = found.state_bytes(tensor, found.Options(min_8bit_size=smallest))
+        assert sum(value.nbytes for value in held.values() if torch.is_tensor(value)) == declared, called
+
+
+def test_float32_copies_of_embeddings_are_embeddings_too() -> None:
+    """Where copies of 16-bit weights are moved in their stead, 8-bit states and projections must know them."""
+    for name, options in (("adamw_8bit", {"min_8bit_size": 1}), ("galore_adamw", {"rank": 4})):
+        model = Language().bfloat16()
+        masters = Masters(model.parameters())
+        groups = masters.in_place_of_weights([{"params": list(model.parameters()), "weight_decay": 0.0}])
+        found = plugin.optimizer(name)
+        built: Any = found.build(
+            groups, learning_rate=_RATE, options=found.Options(**options), setting=plugin.Setting(model=model)
+        )
+        teach(built, torch.nn.ParameterList([copy for _, copy in masters.pairs]), 1)
+        of = {id(weight): copy for weight, copy in masters.pairs}
+        for weight, whole in ((model.embed.weight, True), (model.hidden.weight, False)):
+            copy = of[id(weight)]
+            state = [value for value in built.state[copy].values() if torch.is_tensor(value)]
+            same = [value for value in state if value.shape == weight.shape and value.dtype == torch.float32]
+            assert (len(same) == 2) is whole, name
+
+
 def test_the_library_of_its_own_remembers_across_runs() -> None:
     """Why each optimizer gets a manager of its own: the shared one takes over exceptions by their place."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -247,7 +284,7 @@ def test_state_of_ends_is_that_of_adamw(name: str, hidden: int | None) -> None:
     for called, weight in model.named_parameters():
         state = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.ndim]
         is_hidden = weight.ndim == 2 and called in ("hidden.weight", "back.weight")
-        declared = found.state_bytes(tuple(weight.shape), found.Options(), hidden=is_hidden)
+        declared = found.state_bytes(plugin.TrainedTensor(tuple(weight.shape), hidden=is_hidden), found.Options())
         assert sum(value.numel() * value.element_size() for value in state) == declared, called
         if hidden and is_hidden:
             assert declared == hidden * weight.numel()

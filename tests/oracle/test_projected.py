@@ -358,7 +358,7 @@ def test_declared_state_is_counted_state(name: str, rank: int, tied: bool) -> No
     found = plugin.optimizer(name)
     for called, weight in model.named_parameters():
         hidden = "embed" not in called and "lm_head" not in called
-        declared = found.state_bytes(tuple(weight.shape), found.Options(rank=rank), hidden=hidden)  # type: ignore[attr-defined]
+        declared = found.state_bytes(plugin.TrainedTensor(tuple(weight.shape), hidden=hidden), found.Options(rank=rank))
         assert kept_bytes(optimizer.state[weight]) == declared, called
         if not hidden or weight.ndim == 1 or rank == 40:
             assert declared == 8 * weight.numel()
@@ -368,7 +368,7 @@ def test_declared_state_is_counted_state(name: str, rank: int, tied: bool) -> No
 def test_the_figure_is_that_of_the_matrix_it_names(name: str) -> None:
     found = plugin.optimizer(name)
     assert "4096 x 4096 matrix at rank 128" in found.state_bytes_note
-    counted = found.state_bytes((4096, 4096), found.Options())  # type: ignore[attr-defined]
+    counted = found.state_bytes(plugin.TrainedTensor((4096, 4096)), found.Options())
     assert counted == found.state_bytes_per_parameter * 4096**2
 
 

@@ -14,6 +14,7 @@ from training_runs import recipe, rows_file, same_bits, weights
 from zeroth_runs import batches, loss_of, made, same, small, take
 
 import ftune
+from ftune import plugin
 from ftune.cli.rebuild import rebuild
 from ftune.errors import RecipeError, RunError
 from ftune.machine import probe
@@ -131,7 +132,7 @@ def small_at(state: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Mod
     return model
 
 
-def test_the_rest_takes_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rest_takes_its_bits() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False), torch.nn.Linear(512, 4, bias=False))
     optimizer = made(model, "sparse_mezo", density=0.001, rest_bits=4, rest_group_size=64)
     inputs = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
@@ -141,6 +142,10 @@ def test_the_rest_takes_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = 256 * 512 / 64
     assert held == 256 * 512 / 2 + 2 * 4 * groups
     assert model[0].weight.numel() < 256 * 512 / 100
+    found = plugin.optimizer("sparse_mezo")
+    options = found.Options(rest_bits=4, rest_group_size=64)
+    declared = found.state_bytes(plugin.TrainedTensor((512, 256)), options)
+    assert declared == held + 4 * 0.001 * 256 * 512
 
 
 class TestRefused:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ftune.embeddings import split_hidden
 from ftune.options import AdamOptions, Flag, Fraction, Integer
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, TrainedTensor
 
 
 class MuonOptions(AdamOptions):
@@ -31,12 +31,10 @@ class Muon(Optimizer):
     state_bytes_note = "8 for embeddings, output layer and vectors; half where weights are bfloat16"
     Options = MuonOptions
 
-    def state_bytes(self, shape: tuple[int, ...], options: Any, *, hidden: bool = True) -> float:
-        """Return the bytes of state of one float32 tensor; `hidden` is False for embeddings and the output layer."""
-        elements = 1
-        for size in shape:
-            elements *= size
-        return elements * (4.0 if hidden and len(shape) == 2 else 8.0)
+    def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
+        """Return the bytes of state of one tensor: a momentum of hidden matrices, AdamW's means of the rest."""
+        means = 1 if tensor.hidden and len(tensor.shape) == 2 else 2
+        return means * tensor.element_bytes * tensor.elements
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.optimizers.muon._both import MuonAndAdamW

@@ -27,6 +27,7 @@ class ScheduleFreeAdamW(Optimizer):
     summary = "AdamW that averages its weights in place of a schedule: the length of the run need not be known."
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16; a copy of the weights besides while evaluating and saving"
+    state_in_weights_dtype = True
     default_learning_rate = 1e-4
     learning_rate_reason = "no schedule lowers it, and its authors advise 1 to 10 times AdamW's peak"
     needs = ("schedulefree",)
