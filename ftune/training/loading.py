@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ftune import plugin
@@ -12,6 +13,7 @@ from ftune.data.lengths import NOW, length_summary, padding_of
 from ftune.data.prepare import LOOKED_AT, Prepared, Stored, prepare
 from ftune.errors import RecipeError
 from ftune.models.load import load_model
+from ftune.models.quiet import quiet
 from ftune.recipe.schema import Recipe
 from ftune.resolve import Decision, RunSpec
 from ftune.training import directory, progress
@@ -46,7 +48,21 @@ def load_rows(spec: RunSpec, tokenizer: object) -> Prepared:
     )
 
 
-def single_rows(rows: Any, collator: Any, count: int) -> Iterator[dict[str, Any]]:
+def ready(recipe: Recipe, model: Any, data: Prepared, collator: Any, shown: progress.Progress) -> Any:
+    """Return the model as the recipe's tuning trains it: what it is trained upon made, and the rest of it frozen."""
+    tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
+    model = tuning.prepare(
+        model,
+        options,
+        directory=Path(recipe.training.output_dir),
+        batches=lambda count: _single_rows(data.train, collator, count),
+        say=shown.say,
+    )
+    with quiet():
+        return tuning.apply(model, options)
+
+
+def _single_rows(rows: Any, collator: Any, count: int) -> Iterator[dict[str, Any]]:
     """Yield what a model reads of up to `count` rows, one at a time, from all over the data where that can be done."""
     if hasattr(rows, "__len__"):
         chosen: Iterable[Any] = (rows[number] for number in range(0, len(rows), max(1, len(rows) // count)))
