@@ -9,6 +9,7 @@ inputs of the group. That is how it is written to the disk, so that PEFT reads i
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -90,7 +91,9 @@ def add_pooled_lora(model: Any, names: list[str], options: LowRankOptions, *, ov
     )
     accept(config, over)
     model.requires_grad_(False)
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type")  # said of every kind that is put in by `accept`
+        adapted = get_peft_model(model, config)
     for name in names:
         layer = model.get_submodule(name)
         codes, device = layer.get_base_layer().codes, layer.lora_A["default"].weight.device

@@ -49,7 +49,7 @@ class SparseMeZO(Optimizer):
     Options = SparseMeZOOptions
 
     def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
-        """Return the bytes of a number for each weight that moves, none where all do, and of the codes of the others."""
+        """Return the bytes of a number for each weight that moves, none where all do, and of the others' codes."""
         places = 4 * options.density * tensor.elements if options.density < 1 else 0.0
         if options.rest_bits is None or not tensor.hidden or len(tensor.shape) != 2:
             return places

@@ -18,6 +18,7 @@ from ftune.data.lengths import NOW, length_summary, padding_of
 from ftune.data.prepare import LOOKED_AT, Prepared, Stored, prepare
 from ftune.errors import RecipeError
 from ftune.models.load import load_model
+from ftune.models.quiet import quiet
 from ftune.models.source import config_of, source_directory
 from ftune.recipe.schema import Recipe
 from ftune.resolve import Decision, RunSpec, files
@@ -80,6 +81,21 @@ def load_rows(spec: RunSpec, tokenizer: object) -> Prepared:
         cache=cache_directory() / "tokens",
         learns=plugin.objective(spec.recipe.objective.method).formats,
     )
+
+
+def ready(spec: RunSpec, model: Any, data: Prepared, collator: Collator, shown: progress.Progress) -> Any:
+    """Return the model as the recipe's tuning trains it: what it is trained upon made, and the rest of it frozen."""
+    recipe = spec.recipe
+    tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
+    model = tuning.prepare(
+        model,
+        options,
+        directory=Path(recipe.training.output_dir),
+        batches=lambda count: single_rows(data.train, collator, count),
+        say=shown.say,
+    )
+    with quiet():
+        return tuning.apply(model, options, batches=batches_to_look_at(spec, data, collator, model.device))
 
 
 def single_rows(rows: Any, collator: Any, count: int) -> Iterator[dict[str, Any]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
-from ftune import plugin, rundir
+from ftune import rundir
 from ftune.data.collate import Collator, padding_id
 from ftune.models.load import load_tokenizer
 from ftune.models.quiet import quiet
@@ -20,7 +19,7 @@ from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary
-from ftune.training.loading import batches_to_look_at, load_base, load_rows, prompts_of, single_rows, tell
+from ftune.training.loading import load_base, load_rows, prompts_of, ready, tell
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
 from ftune.training.trainer import FtuneTrainer, Parts
@@ -61,18 +60,8 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
     flatten = recipe.model.attn_implementation.startswith("flash")
     padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
     collator = Collator(padding, flatten=flatten, by_source=data.has_several_sources)
-    batches = batches_to_look_at(spec, data, collator, model.device)
     set_seed(recipe.training.seed)
-    tuning = plugin.tuning(recipe.tuning.method)
-    model = tuning.prepare(
-        model,
-        recipe.tuning.options,
-        directory=home,
-        batches=functools.partial(single_rows, data.train, collator),
-        say=shown.say,
-    )
-    with quiet():
-        model = tuning.apply(model, recipe.tuning.options, batches=batches)
+    model = ready(spec, model, data, collator, shown)
 
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
