@@ -34,6 +34,7 @@ MESSAGES = {
     "zeroth-order-reads": "A trained weight is read elsewhere than in its own layer, so that it cannot be perturbed.",
     "layers-not-found": "The model has no list of layers, which a method that trains layer by layer needs.",
     "lisa-layers": "`tuning.activated_layers` is more than the model has.",
+    "sweep-unfinished": "The run is shorter than one sweep of a method that moves weights in turn: some never move.",
     "lora-options": "PEFT refuses these options of lora together.",
     "shared-weight": "`tuning.target_modules` names a layer whose weight is another's too: an adapter folded into one "
     "would be in both.",
