@@ -107,6 +107,9 @@ class Optimizer(Plugin):
     default_learning_rate: ClassVar[float] = 5e-5
     """Used for full fine-tuning where the recipe says `auto`."""
     learning_rate_reason: ClassVar[str] = "Hugging Face's default for AdamW"
+    default_adapter_learning_rate: ClassVar[float | None] = None
+    """Used for adapters where the recipe says `auto`; None: the tuning's own, as many times as the rate is AdamW's."""
+    adapter_learning_rate_reason: ClassVar[str] = ""
     default_max_grad_norm: ClassVar[float] = 1.0
     max_grad_norm_reason: ClassVar[str] = "the customary clip of the global gradient norm"
     device_notes: ClassVar[Mapping[str, str]] = {}
@@ -218,6 +221,15 @@ class Tuning(Plugin):
     def state_bytes(self, model: Any, trained: Sequence[Any], of: StateBytes, options: Any) -> float:
         """Return the most bytes of optimizer state that are held at a time, and so by a checkpoint."""
         return sum(of(weight, weight.element_size()) for weight in trained)
+
+    def sweep(
+        self, model: Any, trained: Sequence[Any], options: Any, *, steps: int, steps_per_epoch: int
+    ) -> tuple[int, str]:
+        """Return the least steps in which every weight has a turn, and what to set for a run of `steps` to be enough.
+
+        Only asked of one that rotates. The setting is empty where none helps.
+        """
+        raise NotImplementedError
 
     def rotating(
         self,
@@ -388,6 +400,8 @@ def customary_learning_rate(optimizer: Optimizer, tuning: Tuning) -> tuple[float
     """Return the learning rate that `auto` stands for, and why."""
     if tuning.default_learning_rate is None:
         return optimizer.default_learning_rate, optimizer.learning_rate_reason
+    if tuning.has_adapter and optimizer.default_adapter_learning_rate is not None:
+        return optimizer.default_adapter_learning_rate, optimizer.adapter_learning_rate_reason
     factor = optimizer.default_learning_rate / Optimizer.default_learning_rate
     rate, why = tuning.default_learning_rate * factor, tuning.learning_rate_reason
     return (rate, why) if factor == 1 else (rate, f"{why}, times {factor:g}: {optimizer.learning_rate_reason}")

@@ -25,6 +25,8 @@ class MeZO(Optimizer):
     state_bytes_note = "12 bytes on the disk for each step; while a module runs, a second copy of its weights"
     default_learning_rate = 1e-6
     learning_rate_reason = "the estimate is as many times longer than the gradient as the root of the number of weights"
+    default_adapter_learning_rate = 5e-5
+    adapter_learning_rate_reason = "the lower of the published rates for LoRA, 5e-5 and 1e-4: its weights are few"
     default_max_grad_norm = 0.0
     max_grad_norm_reason = "what it would clip is a slope along one random direction, for which no bound is customary"
     Options = MeZOOptions

@@ -59,6 +59,12 @@ def units_of(model: Any) -> Units:
     )
 
 
+def trained_units(units: Iterable[Unit], trained: Iterable[Any]) -> list[Unit]:
+    """Return those of the units that hold a trained weight."""
+    known = {id(weight) for weight in trained}
+    return [unit for unit in units if any(id(weight) in known for weight in unit.weights)]
+
+
 def free_all(model: Any) -> Any:
     """Return the model with every weight trained; raise RecipeError where they are stored as integers."""
     if getattr(model, "is_quantized", False):

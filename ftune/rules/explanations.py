@@ -122,6 +122,8 @@ def _method(package: str, name: str) -> str:
         lines.append(f"  gradients: {found.gradients.value}")
         lines.append(f"  optimizer state: {found.state_bytes_per_parameter:g} bytes per weight{note}")
         lines.append(f"  learning_rate auto: {found.default_learning_rate:g}, {found.learning_rate_reason}")
+        if (rate := found.default_adapter_learning_rate) is not None:
+            lines.append(f"  learning_rate auto of an adapter: {rate:g}, {found.adapter_learning_rate_reason}")
     if isinstance(found, plugin.Format):
         lines.append(f"  a row: {found.columns}")
     if found.needs:
@@ -202,6 +204,8 @@ def _method_page(package: str, name: str) -> str:
         lines += ["", f"* Gradients: {found.gradients.value}."]
         lines.append(f"* Optimizer state: {found.state_bytes_per_parameter:g} bytes per trained weight{note}.")
         lines.append(f"* `learning_rate: auto` is {found.default_learning_rate:g}: {found.learning_rate_reason}.")
+        if (rate := found.default_adapter_learning_rate) is not None:
+            lines.append(f"* `learning_rate: auto` of an adapter is {rate:g}: {found.adapter_learning_rate_reason}.")
     if isinstance(found, plugin.Format):
         lines += ["", f"* A row: `{found.columns}`"]
     if found.needs:

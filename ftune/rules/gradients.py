@@ -230,8 +230,8 @@ RULES: tuple[Rule, ...] = (
             and "eps" not in f.recipe.training.optim_args
         ),
         what="adapters want larger steps from {optim}",
-        because="the paper's runs with LoRA have eps 1e-2 and a rate of 5e-5 to 1e-4",
-        instead="set optim_args: {{eps: 1e-2}} and learning_rate: 5e-5",
+        because="the paper's runs with LoRA have eps 1e-2, and a rate of 5e-5 (which auto is) or 1e-4",
+        instead="set optim_args: {{eps: 1e-2}}",
         severity="note",
         bad={"tuning": {"method": "lora"}, "training": {"optim": "mezo"}},
         good={"tuning": {"method": "lora"}, "training": {"optim": "mezo", "optim_args": {"eps": 1e-2}}},

@@ -48,6 +48,7 @@ MESSAGES = {
     "zeroth-order-rest": "The weights that do not move cannot be held in few bits as `rest_bits` asks.",
     "layers-not-found": "The model has no list of layers, which a method that trains layer by layer needs.",
     "lisa-layers": "`tuning.activated_layers` is more than the model has.",
+    "sweep-unfinished": "The run is shorter than one sweep of a method that moves weights in turn: some never move.",
     "lora-options": "PEFT refuses these options of lora together.",
     "shared-weight": "`tuning.target_modules` names a layer whose weight is another's too: an adapter folded into one "
     "would be in both.",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ftune import plugin
 from ftune.data.prepare import Prepared
 from ftune.data.sequences import Sequences
 from ftune.errors import Problem, RecipeError
@@ -106,6 +107,25 @@ def _may_occur(tokenizer: Any, number: int, token: str) -> bool:
     return number != tokenizer.pad_token_id and (
         added is None or not added.special or token in str(tokenizer.chat_template or "")
     )
+
+
+def unfinished_sweep(trainer: FtuneTrainer) -> Problem | None:
+    """Return what to say where weights move in turn, and the run ends before all have had theirs."""
+    tuning, steps = plugin.tuning(trainer.recipe.tuning.method), trainer.planned_steps()
+    if not tuning.rotates:
+        return None
+    needed, setting = tuning.sweep(
+        trainer.model,
+        trainer.trained,
+        trainer.recipe.tuning.options,
+        steps=steps,
+        steps_per_epoch=trainer.steps_per_epoch(),
+    )
+    if steps >= needed:
+        return None
+    fix = f"train for {needed} steps or more" + (f", or set {setting}" if setting else "")
+    why = f"{tuning.name} takes {needed} steps or more to give every weight a turn, and the run has {steps}"
+    return Problem("sweep-unfinished", "some weights will not have moved at the end", why=why, fix=fix)
 
 
 def check_room(trainer: FtuneTrainer) -> None:

@@ -18,7 +18,7 @@ from ftune.resolve import Decision, RunSpec, check_later
 from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
-from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary
+from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary, unfinished_sweep
 from ftune.training.loading import load_base, load_rows, prompts_of, ready, tell
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
@@ -74,6 +74,8 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
         )
     trainer.remove_callback(PrinterCallback)
     check_room(trainer)
+    if (unfinished := unfinished_sweep(trainer)) is not None:
+        shown.say(f"warning: {unfinished}")
     check_later(spec, "training.max_steps", trainer.planned_steps(), shown.say)
     _say_what_moves(trainer, shown)
 

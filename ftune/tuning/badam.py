@@ -52,6 +52,16 @@ class BAdam(Tuning):
 
         return max(bytes_of_units(units_of(model).in_order, trained, of, with_masters=True))
 
+    def sweep(
+        self, model: Any, trained: Sequence[Any], options: Any, *, steps: int, steps_per_epoch: int
+    ) -> tuple[int, str]:
+        """Return the steps of a sweep, an interval for each block."""
+        from ftune.rotation.units import trained_units, units_of
+
+        blocks = len(trained_units(units_of(model).in_order, trained))
+        needed = blocks * _interval_of(options, steps_per_epoch, blocks)
+        return needed, f"tuning.interval: {steps // blocks}" if steps >= blocks else ""
+
     def rotating(
         self,
         model: Any,
@@ -70,13 +80,15 @@ class BAdam(Tuning):
         order = list(range(len(blocks)))
         if options.order == "descending":
             order.reverse()
-        interval = options.interval
-        if interval == "auto":
-            interval = customary_interval(steps_per_epoch, len(blocks))
+        interval = _interval_of(options, steps_per_epoch, len(blocks))
         plan = Turns(
             [(number,) for number in order], interval=interval, seed=seed if options.order == "random" else None
         )
         return RotatingOptimizer(blocks, plan, asleep="drop")
+
+
+def _interval_of(options: Any, steps_per_epoch: int, blocks: int) -> int:
+    return customary_interval(steps_per_epoch, blocks) if options.interval == "auto" else int(options.interval)
 
 
 def customary_interval(steps_per_epoch: int, blocks: int) -> int:

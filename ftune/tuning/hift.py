@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -41,6 +42,15 @@ class HiFT(Tuning):
         from ftune.rotation.sizes import state_bytes
 
         return state_bytes(trained, of, with_masters=options.mixed)
+
+    def sweep(
+        self, model: Any, trained: Sequence[Any], options: Any, *, steps: int, steps_per_epoch: int
+    ) -> tuple[int, str]:
+        """Return the steps of a sweep, one for each group."""
+        from ftune.rotation.units import trained_units, units_of
+
+        units = len(trained_units(units_of(model).in_order, trained))
+        return math.ceil(units / options.group_size), f"tuning.group_size: {math.ceil(units / steps)}"
 
     def rotating(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,6 +41,17 @@ class LISA(Tuning):
         units = units_of(model)
         layers = sorted(bytes_of_units(units.layers, trained, of), reverse=True)
         return sum(layers[: options.activated_layers]) + sum(bytes_of_units((units.embedding, units.head), trained, of))
+
+    def sweep(
+        self, model: Any, trained: Sequence[Any], options: Any, *, steps: int, steps_per_epoch: int
+    ) -> tuple[int, str]:
+        """Return the steps in which every layer can be drawn once; chance may take longer."""
+        from ftune.rotation.units import trained_units, units_of
+
+        layers = len(trained_units(units_of(model).layers, trained))
+        draws = math.ceil(layers / options.activated_layers)
+        setting = f"tuning.interval: {steps // draws}" if steps >= draws else ""
+        return draws * options.interval, setting
 
     def rotating(
         self,

@@ -137,3 +137,20 @@ def test_two_ranks_are_one_with_both_halves(
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-6)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", TURNS)
+def test_a_run_shorter_than_a_sweep_is_told_of(
+    method: str, tiny_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first step; and not where every weight has its turn."""
+    enough = {"hift": 4, "badam": 2, "lisa": 2}
+    tuning = {"method": method, **({} if method == "hift" else {"interval": 1})}
+    tuning |= {"activated_layers": 1} if method == "lisa" else {}
+    for steps in (enough[method] - 1, enough[method]):
+        output = tmp_path / f"{steps}"
+        ftune.train(recipe(tiny_model, rows, output, tuning=tuning, training={"max_steps": steps}))
+        said = capsys.readouterr().out
+        before, _, _ = said.partition("step 1/")
+        assert ("some weights will not have moved" in before) is (steps < enough[method])
+        assert (f"train for {enough[method]} steps or more" in said) is (steps < enough[method])

@@ -63,3 +63,8 @@ def test_customary_learning_rate() -> None:
     rate, why = plugin.customary_learning_rate(plugin.optimizer("sgd"), lora)
     assert rate == pytest.approx(2e-4 * 200)
     assert "times 200" in why
+    rate, why = plugin.customary_learning_rate(plugin.optimizer("mezo"), lora)
+    assert rate == 5e-5
+    assert "published" in why
+    assert "times" not in why
+    assert plugin.customary_learning_rate(plugin.optimizer("mezo"), full)[0] == 1e-6

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ftune import plugin
 from ftune.errors import RecipeError
 from ftune.rotation.optimizer import parts_of
 from ftune.rotation.units import free_all, units_of
@@ -108,3 +110,49 @@ def test_frozen_weights_are_in_no_part_and_groups_keep_their_settings() -> None:
     for part in parts:
         for group in part.shown:
             assert {weight.ndim > 1 for weight in group["params"]} == {group["weight_decay"] > 0}
+
+
+SWEEPS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "hift": ({"group_size": 3}, 2, "tuning.group_size: 5"),
+    "badam": ({"interval": 7, "include_head": True}, 4 * 7, ""),
+    "lisa": ({"activated_layers": 2, "interval": 5}, 2 * 5, ""),
+}
+
+
+@pytest.mark.parametrize("method", SWEEPS)
+def test_the_least_steps_that_give_every_weight_a_turn(method: str) -> None:
+    """Of 3 layers, counted by making the steps."""
+    options, steps, alone = SWEEPS[method]
+    tuning = plugin.tuning(method)
+    chosen = tuning.Options(**options)
+    model = tuning.apply(make_model(num_hidden_layers=3), chosen)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    asked: dict[str, Any] = {"steps_per_epoch": 100}
+    assert tuning.sweep(model, trained, chosen, steps=1, **asked) == (steps, alone)
+
+    def moved_after(count: int, more: dict[str, Any]) -> int:
+        model = make_model(num_hidden_layers=3)
+        settled = tuning.Options(**{**options, **more})
+        tuning.apply(model, settled)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        before = [weight.detach().clone() for weight in weights]
+
+        def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(groups, lr=0.1)
+
+        optimizer = tuning.rotating(model, [{"params": weights}], build, settled, seed=0, **asked)
+        for _ in range(count):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+            optimizer.step()
+        return sum(bool((one != other).any()) for one, other in zip(weights, before, strict=True))
+
+    if method != "lisa":  # which leaves it to chance
+        assert moved_after(steps, {}) == len(trained)
+    assert moved_after(steps - 1 if method == "hift" else steps - chosen.interval, {}) < len(trained)
+    short = steps - 1
+    needed, setting = tuning.sweep(model, trained, chosen, steps=short, **asked)
+    key, value = setting.removeprefix("tuning.").split(": ")
+    assert needed == steps
+    if method != "lisa":
+        assert moved_after(short, {key: int(value)}) == len(trained)
