@@ -11,14 +11,21 @@ from ftune.errors import Problem, RecipeError, RunError
 CONFIG = "adapter_config.json"
 
 
-def continued(model: Any, folder: str) -> Any:
-    """Return the model with a saved adapter that is trained on; raises FtuneError where it does not fit the model."""
+def continued(model: Any, folder: str, kind: str) -> Any:
+    """Return the model with a saved adapter that is trained on; `kind` is PEFT's name of what it has to be.
+
+    Raises FtuneError where it is something else, or does not fit the model.
+    """
     from peft import PeftConfig
 
     if not (Path(folder) / CONFIG).is_file():
         what = f"tuning.adapter: `{folder}` holds no {CONFIG}"
         raise RecipeError(Problem("adapter-folder", what, fix="name a folder that PEFT's save_pretrained wrote"))
-    start = str(getattr(PeftConfig.from_pretrained(folder), "init_lora_weights", True))
+    config = PeftConfig.from_pretrained(folder)
+    if config.peft_type != kind:
+        what = f"tuning.adapter: `{folder}` holds an adapter of another method, {config.peft_type.value}"
+        raise RecipeError(Problem("adapter-folder", what, fix=f"name one of {kind}, or set its tuning.method"))
+    start = str(getattr(config, "init_lora_weights", True))
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         what = f"the adapter in `{folder}` belongs to a base that {start} changed"
         why = "it was saved without that base: on the weights as they are it would count its beginning twice"

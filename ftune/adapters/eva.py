@@ -21,6 +21,9 @@ def start(adapted: Any, batches: Iterable[dict[str, Any]], options: AdapterOptio
     ranks = [options.r, *options.rank_pattern.values()]
     needed = max(round(rank * options.eva_rho) for rank in ranks)
     held = list(batches)
+    if any("labels" not in batch for batch in held):
+        what = "EVA looks at rows of one text, and these have several"
+        raise RecipeError(Problem("eva-batches", what, fix="set init_lora_weights: true"))
     fit = [batch for batch in held if int((batch["labels"] != IGNORED).sum()) >= needed]
     if not fit:
         most = max((int((batch["labels"] != IGNORED).sum()) for batch in held), default=0)

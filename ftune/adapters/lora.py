@@ -20,7 +20,7 @@ def add_lora(model: Any, options: AdapterOptions, *, batches: Iterable[dict[str,
     """Return a PEFT model in which only the adapter is trained; raises RecipeError for layers that are none."""
     model.requires_grad_(False)
     if options.adapter is not None:
-        return in_float32(continued(model, options.adapter))
+        return in_float32(continued(model, options.adapter, "LORA"))
     start: Any = getattr(options, "init_lora_weights", True)
     check_names(model, options)
     residual.check(model, start, options)

@@ -16,7 +16,7 @@ def add_vera(model: Any, options: VeRAOptions) -> Any:
 
     model.requires_grad_(False)
     if options.adapter is not None:
-        return in_float32(continued(model, options.adapter))
+        return in_float32(continued(model, options.adapter, "VERA"))
     check_names(model, options)
     config = VeraConfig(
         task_type=TaskType.CAUSAL_LM,

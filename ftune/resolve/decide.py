@@ -12,6 +12,7 @@ from typing import Any
 
 from ftune import plugin
 from ftune.machine import Machine
+from ftune.options import Options
 from ftune.places import locate, model_folder
 from ftune.recipe import Loaded
 from ftune.recipe import source as sources
@@ -155,7 +156,9 @@ def _adapter(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decis
     if getattr(options, "bnb_4bit_compute_dtype", None) == "auto":
         training = recipe.training
         computed = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-        yield Decision("tuning.bnb_4bit_compute_dtype", computed, "what the rest of the model computes in")
+        why = "what the rest of the model computes in"
+        why += "; where it overflows, float32 is slower and safe" if computed == "float16" else ""
+        yield Decision("tuning.bnb_4bit_compute_dtype", computed, why)
     if (name := getattr(options, "adapter", None)) is None:
         return
     folder = locate(name, loaded.directory)
@@ -163,8 +166,19 @@ def _adapter(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decis
         yield Decision("tuning.adapter", str(folder), "the folder of that name")
     given = loaded.source.data.get("tuning", {})
     for key, value in adapters.made_with(folder, type(options).model_fields).items():
-        if key not in given:
+        if key not in given and _takes(options, key, value):
             yield Decision(f"tuning.{key}", value, "the adapter was made with it")
+
+
+def _takes(options: Options, key: str, value: Any) -> bool:
+    """Return whether an option can have a value: adapters made elsewhere may know more than a recipe can say."""
+    from pydantic import ValidationError
+
+    try:
+        type(options)(**{**options.model_dump(), key: value})
+    except ValidationError:
+        return False
+    return True
 
 
 def _attention(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:

@@ -56,7 +56,7 @@ MESSAGES = {
     "max-length": "Rows are longer than the positions the model knows.",
     "model-directory": "`model.model_name_or_path` names a folder that is not there, or a file.",
     "no-input": "`ftune chat` has no standard input to read questions from.",
-    "eva-batches": "The batches hold too few learned tokens for EVA to find its directions in.",
+    "eva-batches": "The batches are not of single texts, or hold too few learned tokens for EVA's directions.",
     "loftq-weights": "LoftQ finds no unquantised weights of that name in the model's files.",
     "no-tokenizer": "The model's folder holds no tokenizer that can be read.",
     "not-a-causal-lm": "The model does not continue text: it is an encoder, translates, or classifies.",

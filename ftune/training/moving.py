@@ -82,25 +82,23 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Return the trained weights by part, rate and decay; those of the recipe's own rate do not name it."""
-        training = self.recipe.training
+        """Return the trained weights by part, rate and decay.
+
+        Those of the recipe's own rate do not name it, and come first: the metrics show the rate of the first.
+        """
+        training, own = self.recipe.training, self.recipe.training.learning_rate
         tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
         beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
         decayed = set(self.get_decay_parameter_names(self.model))
         groups: dict[tuple[bool, float, float], list[torch.Tensor]] = {}
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
-                rate = tuning.learning_rate_of(name, weight, training.learning_rate, options)
+                rate = tuning.learning_rate_of(name, weight, own, options)
                 decay = training.weight_decay if name in decayed else 0.0
                 groups.setdefault((id(weight) in beside, rate, decay), []).append(weight)
         return [
-            {
-                "params": weights,
-                "weight_decay": decay,
-                "adapter": adapter,
-                **({} if rate == training.learning_rate else {"lr": rate}),
-            }
-            for (adapter, rate, decay), weights in groups.items()
+            {"params": weights, "weight_decay": decay, "adapter": adapter, **({} if rate == own else {"lr": rate})}
+            for (adapter, rate, decay), weights in sorted(groups.items(), key=lambda group: group[0][1] != own)
         ]
 
     @property

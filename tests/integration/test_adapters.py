@@ -53,13 +53,16 @@ PARAMETERS = [pytest.param(name, marks=slow if name in LONG else ()) for name in
 PLAIN_PEFT = """
 import sys, json, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 base, jobs, out = sys.argv[1:]
 found = {}
 for name, (adapter, bits) in json.loads(jobs).items():
     more = {"quantization_config": BitsAndBytesConfig(**bits)} if bits else {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    config = PeftConfig.from_pretrained(adapter)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # as of tools that read A and B, and know no other beginning
+    model = PeftModel.from_pretrained(model, adapter, config=config).eval()
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # a kernel that computes in bfloat16, and fails at a width of 32
     with torch.no_grad():
@@ -277,10 +280,11 @@ class TestGoingOn:
         from transformers import AutoModelForCausalLM
 
         config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        config.trainable_token_indices = {"embed_tokens": [7]}  # which no recipe can say
         get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "theirs")
         tuning = {"method": "qlora", "adapter": str(tmp_path / "theirs"), "r": 3}
         done = ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=tuning, training={"max_steps": 2}))
-        assert len(weights(done.directory)) == 8
+        assert len(weights(done.directory)) == 9
         assert export.merge(tmp_path / "run", tmp_path / "merged").max_difference < 1e-3
 
     def test_another_shape_is_refused(self, trained: Any, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
@@ -291,6 +295,11 @@ class TestGoingOn:
     def test_a_folder_without_an_adapter_is_refused(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
         tuning = {"method": "lora", "adapter": str(tiny_model)}
         with pytest.raises(RecipeError, match=r"holds no adapter_config\.json"):
+            ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=tuning))
+
+    def test_one_of_another_method_is_refused(self, trained: Any, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+        tuning = {"method": "lora", "adapter": str(trained("vera").whole / "model")}
+        with pytest.raises(RecipeError, match="another method, VERA"):
             ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=tuning))
 
     def test_one_that_changed_its_base_is_refused(

@@ -97,7 +97,7 @@ def test_renamed_keys_are_no_keys_of_ours() -> None:
         ("  lora_alpha: 8\n", "`lora_alpha` is a key of `tuning` (of lora); this is `training`"),
         ("  betas: [0.9, 0.9]\n", "`betas` is a key of `training.optim_args` (of adamw_8bit); this is `training`"),
         ("learning_rate: 1\n", "`learning_rate` is a key of `training`"),
-        ("tuning: {r: 8}\n", "`r` belongs to lora, qlora, vera; full has no options"),
+        ("tuning: {r: 8}\n", "`r` belongs to lora, lora_and_full, qalora, qlora, vera; full has no options"),
         ("tuning: {method: lora, rr: 8}\n", ""),
         ("tuning: {method: lora, lora_alhpa: 8}\n", "did you mean `lora_alpha`?"),
         ("tuning: {method: lroa}\n", "did you mean `lora`?"),
