@@ -125,11 +125,17 @@ def test_accumulation_is_refused_with_the_ways_there_are(tiny_model: Path, rows:
     assert "accumulate: buffer" in problem.fix
 
 
-@pytest.mark.parametrize("optim", FUSED)
+PROJECTED = [name for name in plugin.names(plugin.OPTIMIZERS) if "rank" in plugin.optimizer(name).Options.model_fields]
+"""Run at a rank below the width of every matrix, and with new projections on the way."""
+TOGETHER = [pytest.param(name, {}) for name in FUSED if name not in PROJECTED]
+TOGETHER += [pytest.param(name, {"rank": 8, "update_proj_gap": 2}, marks=pytest.mark.slow) for name in PROJECTED]
+
+
+@pytest.mark.parametrize(("optim", "options"), TOGETHER)
 def test_two_ranks_are_one_with_both_halves(
-    optim: str, tiny_model: Path, rows: Path, tmp_path: Path, launched: Any
+    optim: str, options: dict[str, Any], tiny_model: Path, rows: Path, tmp_path: Path, launched: Any
 ) -> None:
-    shared = settings_of(optim, learning_rate=RATES.get(optim, 3e-3) / 10, max_steps=4)
+    shared = settings_of(optim, optim_args=options, learning_rate=RATES.get(optim, 3e-3) / 10, max_steps=4)
     alone = recipe(tiny_model, rows, tmp_path / "one", training={**shared, "per_device_train_batch_size": 8})
     one = ftune.train(alone).directory
     values = recipe(tiny_model, rows, tmp_path / "two", training={**shared, "per_device_train_batch_size": 4})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.optimization import Adafactor
 
 from ftune import plugin
@@ -123,6 +124,52 @@ def test_without_an_adapter_nothing_is_different() -> None:
     groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "adapter": False}]
     optimizer = found.build(groups, learning_rate=0.1, options=found.Options(), setting=plugin.Setting())
     assert type(optimizer.rule).__name__ == "SGDRule"
+
+
+FUSED = [name for name in plugin.names(plugin.OPTIMIZERS) if plugin.optimizer(name).gradients is plugin.Gradients.FUSED]
+
+
+class GradientsAlive:
+    """The most bytes of weights' gradients that are alive at once, from when each one reaches its weight."""
+
+    def __init__(self, model: Any) -> None:
+        self.most, self._seen = 0, list[tuple[StorageWeakRef, int]]()
+        self._hooks = [weight.register_hook(self._add) for weight in model.parameters()]
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        self._seen = [(ref, size) for ref, size in self._seen if not ref.expired()]
+        storage = gradient.untyped_storage()
+        self._seen.append((StorageWeakRef(storage), storage.nbytes()))
+        self.most = max(self.most, sum(size for _, size in self._seen))
+
+
+@pytest.mark.parametrize("how", ["one backward", "two passes", "four at once", "added up"])
+@pytest.mark.parametrize(("name", "beside"), [*((name, False) for name in FUSED), ("lomo", True), ("adalomo", True)])
+def test_gradients_alive_are_at_most_two_of_the_largest(name: str, beside: bool, how: str) -> None:
+    model = make_model(num_hidden_layers=6)
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "adapter": False}]
+    if beside:
+        model = adapted(model)
+        groups = groups_of(model, 0.0)
+    found = plugin.optimizer(name)
+    options = {"rank": 8} if "rank" in found.Options.model_fields else {}
+    options |= {"four at once": {"accumulate": "forward"}, "added up": {"accumulate": "buffer"}}.get(how, {})
+    setting = plugin.Setting(model=model, max_grad_norm=0.3 if how == "two passes" else 0.0)
+    optimizer: Any = found.build(groups, learning_rate=1e-3, options=found.Options(**options), setting=setting)
+    alive = GradientsAlive(model)
+    count = 4 if "accumulate" in options else 1
+    for _ in range(2):
+        for place, ids in enumerate(batches(count)):
+            optimizer.backward(model(input_ids=ids, labels=ids).loss / count, last=place == count - 1)
+        optimizer.step()
+    largest = max(weight.nbytes for weight in model.parameters())
+    assert 0 < alive.most <= 2 * largest
+    optimizer.remove()
+    ids = batches(1)[0]
+    kept = GradientsAlive(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    every = sum(weight.nbytes for weight in model.parameters())
+    assert kept.most == every > 6 * largest, "kept gradients are seen as such"
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
