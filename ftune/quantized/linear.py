@@ -79,8 +79,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight = _weight(ctx.saved_tensors, ctx.bits, ctx.in_features, gradient.dtype)
-        return (gradient @ weight, *[None] * (1 + len(ctx.saved_tensors)))
+        held = ctx.saved_tensors  # read once: checkpointing hands them out a single time
+        weight = _weight(held, ctx.bits, ctx.in_features, gradient.dtype)
+        return (gradient @ weight, *[None] * (1 + len(held)))
 
 
 def _weight(held: tuple[Any, ...], bits: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:

@@ -177,6 +177,15 @@ def test_what_cannot_be_is_refused(
         ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning={**TUNING, **tuning}))
 
 
+def test_checkpointed_activations_change_nothing(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        training = {"max_steps": 3, "gradient_checkpointing": checkpointing}
+        values = recipe(tiny_model, rows, tmp_path / str(checkpointing), tuning=TUNING, training=training)
+        found.append(losses(ftune.train(values).directory))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_some_layers_have_an_adapter_and_all_are_quantised(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     tuning = {**TUNING, "target_modules": ["q_proj", "v_proj"]}
     result = ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=tuning, training={"max_steps": 1}))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ftune.errors import RecipeError, RunError
 from ftune.quantized.codes import GroupCodes
@@ -253,6 +254,16 @@ def test_layer_computes_in_what_autocast_asks_for() -> None:
     y.sum().backward()
     assert x.grad.dtype == torch.float32
     torch.testing.assert_close(y, layer(x.bfloat16()))
+
+
+def test_layer_can_be_checkpointed() -> None:
+    layer = QuantizedLinear(fit_minmax(drawn(64, 64), 4, 16), drawn(64))
+    x = drawn(3, 64).requires_grad_()
+    y = checkpoint(lambda x: layer(torch.tanh(layer(x))), x, use_reentrant=False)
+    y.sum().backward()
+    found, x.grad = x.grad, None
+    layer(torch.tanh(layer(x))).sum().backward()
+    assert torch.equal(found, x.grad)
 
 
 def test_large_layers_are_dequantised_in_blocks_alike() -> None:
