@@ -18,7 +18,7 @@ from ftune.adapters.lora import add_lora
 from ftune.adapters.options import LoRAOptions
 from ftune.models.quiet import quiet
 from ftune.plugin import Gradients, Setting
-from ftune.training import run
+from ftune.training import loading
 
 RATE, STEPS, SEED = 1e-2, 5, 42
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -82,14 +82,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return the batches that a run calibrates on, as it draws them."""
     seen: list[dict[str, Any]] = []
-    draw = run.batches_to_look_at
+    draw = loading.batches_to_look_at
 
     def noting(*arguments: Any) -> Any:
         for batch in draw(*arguments):
             seen.append(batch)
             yield batch
 
-    monkeypatch.setattr(run, "batches_to_look_at", noting)
+    monkeypatch.setattr(loading, "batches_to_look_at", noting)
     return seen
 
 

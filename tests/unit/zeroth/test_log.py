@@ -68,6 +68,6 @@ def test_what_is_no_log_is_refused(content: bytes, tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 2'))
-    with pytest.raises(RunError, match="version 2"):
+    path.write_bytes(path.read_bytes().replace(b'"version": 2', b'"version": 1'))
+    with pytest.raises(RunError, match="version 1"):
         log.read(tmp_path)
