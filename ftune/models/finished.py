@@ -10,10 +10,10 @@ from typing import Any
 
 from ftune import rundir
 from ftune.errors import Problem, RunError
-from ftune.models import golden
+from ftune.models import fingerprint, golden
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
-from ftune.models.source import Say, damaged, silent
+from ftune.models.source import Say, damaged, refuse_pickles, silent, source_directory
 from ftune.recipe.schema import Model, Recipe
 from ftune.resolve.spec import RunSpec
 
@@ -65,8 +65,17 @@ def of_folder(folder: Path, recipe_model: Model | None = None) -> Finished:
 def load_finished(found: Finished, *, dtype: str = "auto", device_type: str = "cpu", say: Say = silent) -> Any:
     """Return the model, an adapter attached to its base without being folded in."""
     wanted = found.model.model_copy(update={"dtype": dtype, "attn_implementation": "auto"})
+    check_base(found, say)
     model = load_model(wanted, device_type=device_type, say=say)
-    return model if found.base is None else _attach(model, found.folder)
+    return model if found.base is None else attach(model, found.folder)
+
+
+def check_base(found: Finished, say: Say = silent) -> None:
+    """Refuse a pickled adapter, and one that was trained on other weights than its base now has."""
+    if found.base is not None:
+        refuse_pickles(found.folder, str(found.folder))
+        base = Path(source_directory(found.base, say))
+        fingerprint.check(found.folder, base, found.base.model_name_or_path)
 
 
 def finished_tokenizer(found: Finished, say: Say = silent) -> Any:
@@ -76,7 +85,8 @@ def finished_tokenizer(found: Finished, say: Say = silent) -> Any:
     return tokenizer
 
 
-def _attach(model: Any, folder: Path) -> Any:
+def attach(model: Any, folder: Path, *, assign: bool = False) -> Any:
+    """Return a model with the adapter of a folder; `assign` writes into no weight of the model, but replaces it."""
     from safetensors import SafetensorError
 
     try:
@@ -84,14 +94,23 @@ def _attach(model: Any, folder: Path) -> Any:
             from peft import PeftModel
 
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, low_cpu_mem_usage=assign)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        if "size mismatch" in str(error):
+            raise _other_shapes(folder, str(error)) from error
         raise damaged(str(folder), str(error).strip().split("\n")[0][:300]) from error
     lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
     if lacking:
         # peft only warns, and leaves those parts at their random start.
         raise damaged(str(folder), lacking[0].split("\n")[0][:300])
     return adapted.eval()
+
+
+def _other_shapes(folder: Path, text: str) -> RunError:
+    first = next(line.strip() for line in text.splitlines() if "size mismatch" in line)
+    what = f"the adapter in `{folder}` does not fit its base: its weights have other shapes"
+    fix = "name the model it was trained on"
+    return RunError(Problem("base-differs", what, why=first[:300], fix=fix))
 
 
 def recipe_of(directory: Path) -> Recipe | None:
