@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
-from ftune.weights.folded import Streamed
+import torch
+
 from ftune.weights.skeleton import absent, filled
 
 
+class Stored(Protocol):
+    """Weights in files, and the modules that compute with them."""
+
+    model: Any
+    adapted: Any
+    """The model with its adapter, or the model itself."""
+    parts: Mapping[str, Any]
+
+    def part_of(self, name: str) -> str | None: ...
+
+    def stored(self, name: str) -> torch.Tensor: ...
+
+
 @contextlib.contextmanager
-def computing(weights: Streamed) -> Iterator[Any]:
+def computing(weights: Stored) -> Iterator[Any]:
     """Yield the model with its adapter attached, not folded in; it may be called, which reads all files once.
 
     Memory: the adapter, activations, and the largest module in float32.
