@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -93,12 +94,13 @@ def export(
     if dtype is not None and dtype not in form.tolerances:
         what = f"the format `{format}` does not store weights as `{dtype}`"
         raise RecipeError(Problem("bad-value", what, fix=f"--dtype takes {' | '.join(form.tolerances)}"))
+    _require_size(max_shard_size)
     output = expanded(output)
     refuse_existing(output)
     _require_writable(output)
     source = Source(run_directory, free_bytes=free_bytes, say=say)
     form.check(source)
-    dtype = dtype or form.default_dtype(source.stored_dtype)
+    dtype = dtype or form.default_dtype(source)
     _require_room(output, form.bytes_needed(source, dtype))
     with source.computing() as (model, first):
         say(f"asking the run's model, {first}")
@@ -136,6 +138,13 @@ def _named(name: str) -> plugin.Export:
     fix = f"did you mean `{near[0]}`? " if near else ""
     what = f"there is no export format `{name}`"
     raise RecipeError(Problem("unknown-method", what, fix=f"{fix}the formats are: {', '.join(known)}"))
+
+
+def _require_size(text: str) -> None:
+    """Refuse what is no size as the hub's tools write it."""
+    if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
+        what = f"--max-shard-size cannot be `{text}`"
+        raise RecipeError(Problem("bad-value", what, fix="write it as 5GB, or 500MB"))
 
 
 @contextlib.contextmanager

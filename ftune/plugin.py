@@ -295,9 +295,9 @@ class Export(Plugin):
     refuses: ClassVar[str] = ""
     """What cannot be written so, for the documentation."""
 
-    def default_dtype(self, stored: str) -> str:
-        """Return what weights are stored in where nothing is said; `stored` is what the source has."""
-        return stored
+    def default_dtype(self, source: Any) -> str:
+        """Return what weights are stored in where nothing is said."""
+        return str(source.stored_dtype)
 
     def bytes_needed(self, source: Any, dtype: str) -> int:
         """Return about how many bytes will be written."""

@@ -67,9 +67,11 @@ def _sampled(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     """Return type, shape and sample of each tensor of a file, from its header and three places of each."""
     try:
         with path.open("rb") as content:
-            length = struct.unpack("<Q", content.read(8))[0]
-            header = json.loads(content.read(length))
+            length, size = struct.unpack("<Q", content.read(8))[0], path.stat().st_size
+            header = json.loads(content.read(min(length, size)))
             header.pop("__metadata__", None)
+            if 8 + length + max(entry["data_offsets"][1] for entry in header.values()) > size:
+                raise ValueError("it ends before its last tensor does")
             return {name: _sample(content, 8 + length, entry) for name, entry in header.items()}
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise damaged(str(path), f"{type(error).__name__}: {error}") from None

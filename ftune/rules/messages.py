@@ -41,6 +41,8 @@ MESSAGES = {
     "no-input": "`ftune chat` has no standard input to read questions from.",
     "no-tokenizer": "The model's folder holds no tokenizer that can be read.",
     "not-a-causal-lm": "The model does not continue text: it is an encoder, translates, or classifies.",
+    "gguf-architecture": "llama.cpp would compute something else with this model, or ftune does not write it as GGUF.",
+    "gguf-tokenizer": "llama.cpp has no name for the way that this tokenizer splits text.",
     "not-mergeable": "The adapter adds to the model's input and not to its weights: there is nothing to fold it into.",
     "not-an-adapter": "`ftune merge` was given a run that trained whole weights: there is nothing to fold in.",
     "output-exists": "What would be written exists already; ftune overwrites nothing.",

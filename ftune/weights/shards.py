@@ -34,7 +34,9 @@ def write_shards(weights: Weights, folder: Path, dtype: str, max_shard_size: str
         max_shard_size=max_shard_size,
     )
     for filename, names in split.filename_to_tensors.items():
-        save_file({name: converted(weights, name, wanted) for name in names}, folder / filename, {"format": "pt"})
+        save_file(
+            {name: in_range(weights.read(name), name, wanted) for name in names}, folder / filename, {"format": "pt"}
+        )
     if split.is_sharded:
         total = sum(math.prod(weights.shape(name)) for name in sizes)
         index = {
@@ -44,9 +46,8 @@ def write_shards(weights: Weights, folder: Path, dtype: str, max_shard_size: str
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def converted(weights: Weights, name: str, dtype: torch.dtype) -> torch.Tensor:
+def in_range(had: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
     """Return a weight in another type; raises RunError where float16 cannot hold its numbers."""
-    had = weights.read(name)
     if not had.is_floating_point():
         return had.contiguous()
     made = had.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,7 +14,7 @@ import psutil
 
 from ftune.errors import MachineError, Problem, RecipeError
 from ftune.machine import memory_bytes
-from ftune.models.finished import check_base, finished_tokenizer, load_finished, of_run, spec_of
+from ftune.models.finished import Finished, check_base, finished_tokenizer, load_finished, of_run, spec_of
 from ftune.models.source import Say, check_weights, config_of, refuse_pickles, silent, source_directory
 from ftune.resolve.spec import RunSpec
 from ftune.units import format_bytes
@@ -47,6 +48,14 @@ class Source:
         check_weights(self.folder, self.name)
         check_base(self.found)
         self.tokenizer = finished_tokenizer(self.found)
+
+    def with_result(self, found: Finished) -> Source:
+        """Return the same run, with another adapter on the same base."""
+        other = copy.copy(self)
+        other.found = found
+        for name in ("streamed", "weights", "_loaded"):
+            other.__dict__.pop(name, None)
+        return other
 
     @property
     def has_adapter(self) -> bool:
@@ -97,6 +106,8 @@ class Source:
         """Yield the model in float32 with its adapter beside it, and in which way it computes."""
         if self.fits:
             yield self._loaded, "in memory"
+            if isinstance(self.streamed, Streamed):
+                del self._loaded  # nothing else needs the whole model
             return
         if isinstance(self.streamed, NotStreamable):
             needed = format_bytes(4 * self.parameters + _SPARE_BYTES)
@@ -114,7 +125,6 @@ class Source:
     def weights(self) -> Weights:
         """The whole weights, an adapter folded in; call `computing` before, since folding changes a loaded model."""
         if isinstance(self.streamed, Streamed):
-            self.__dict__.pop("_loaded", None)
             return self.streamed
         self.say(f"merging in memory: {self.streamed}")
         return InMemory(self.__dict__.pop("_loaded", None) or load_finished(self.found, dtype="float32"))

@@ -18,8 +18,8 @@ class Gguf(Export):
     tolerances = {**FLOATS, "q8_0": Tolerance("mean KL", 2e-2)}
     refuses = "models other than Llama, Mistral, Qwen2 and Qwen3, and tokenizers that llama.cpp has no name for"
 
-    def default_dtype(self, stored: str) -> str:
-        return "bfloat16" if stored == "bfloat16" else "float16"
+    def default_dtype(self, source: Any) -> str:
+        return "bfloat16" if source.stored_dtype == "bfloat16" else "float16"
 
     def check(self, source: Any) -> None:
         from ftune.exports.gguf import _architecture, _vocabulary

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, quantize
 from gguf.quants import quant_shape_to_byte_shape
 
-from ftune.errors import Problem, RunError
 from ftune.exports.gguf import _architecture, _vocabulary
 from ftune.models import golden
+from ftune.weights.shards import in_range
 
 _TYPES = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -49,15 +50,20 @@ def write(source: Any, folder: Path, dtype: str) -> None:
         shape = weights.shape(weight)
         stored = _type_of(shape, kind)
         _announce(writer, names.get_name(weight, try_suffixes=(".weight", ".bias")), shape, stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    for weight in weights.names():
-        value = _architecture.rearranged(weights.read(weight).float(), weight, config).contiguous().numpy()
-        writer.write_tensor_data(_stored(weight, value, _type_of(value.shape, kind)))
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for weight in weights.names():
+            value = _architecture.rearranged(weights.read(weight).float(), weight, config)
+            stored = _type_of(tuple(value.shape), kind)
+            if stored is GGMLQuantizationType.F16:
+                in_range(value, weight, torch.float16)
+            writer.write_tensor_data(quantize(value.contiguous().numpy(), stored))
+    finally:
+        writer.close()
     golden.copy(source.found.folder, folder)
 
 
@@ -76,13 +82,6 @@ def _announce(writer: GGUFWriter, name: str | None, shape: tuple[int, ...], kind
         return
     in_bytes = quant_shape_to_byte_shape(shape, kind)
     writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), int(np.prod(in_bytes)), raw_dtype=kind)
-
-
-def _stored(name: str, value: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    if kind is GGMLQuantizationType.F16 and np.abs(value).max() > np.finfo(np.float16).max:
-        what = f"`{name}` holds numbers beyond what float16 can (65504)"
-        raise RunError(Problem("dtype-range", what, fix="export in bfloat16, or in float32"))
-    return quantize(value, kind)
 
 
 def _ends(folder: Path, config: Any) -> list[int]:
