@@ -1,8 +1,11 @@
-"""Fold an adapter into its base, then prove on the saved files that the result says what the adapter said."""
+"""Write what a run ended with for other tools, then prove on the files that they say what the run says."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,20 +15,17 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ftune import rundir
-from ftune.adapters.pooled import fold_pooled
-from ftune.errors import Problem, RecipeError, RunError
-from ftune.models import generate, golden
-from ftune.models.finished import finished_tokenizer, load_finished, of_run
-from ftune.models.load import load_model, max_positions, read_tokenizer
-from ftune.models.quiet import quiet
-from ftune.models.source import Say, config_of, silent, source_directory
+from ftune import plugin, rundir
+from ftune.errors import MachineError, Problem, RecipeError, RunError
+from ftune.models import generate
+from ftune.models.finished import of_run
+from ftune.models.load import max_positions
+from ftune.models.source import Say, silent
 from ftune.places import expanded
 from ftune.plugin import Conversation, Turn
-from ftune.quantized.linear import QuantizedLinear
-from ftune.quantized.model import codes_of, dequantised
-from ftune.recipe.schema import Model
 from ftune.training import checkpoint
+from ftune.units import format_bytes
+from ftune.weights.source import Source
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -34,57 +34,117 @@ TEXTS = (
 )
 """Asked besides the run's own samples: any text will do, the two models only have to agree on it."""
 
-MAX_DIFFERENCE = 1e-3
-"""Largest difference of a logit that float32 may show: sums in another order give about 1e-4."""
-MAX_DIVERGENCE = {torch.bfloat16: 2e-3, torch.float16: 1e-4}
-"""Largest mean Kullback-Leibler divergence, in nats, where merged weights are rounded to 16 bits: ten times what
-a SmolLM2-135M with a strong adapter shows."""
+MAX_SHARD_SIZE = "5GB"
+"""What the hub's own tools split at."""
 
 _MAX_PROMPTS, _MAX_TOKENS = 4, 256
 
 
 @dataclass(frozen=True)
-class Merged:
-    """A merge that was proved."""
+class Exported:
+    """An export that was proved."""
 
     directory: Path
+    format: str
     dtype: str
     max_difference: float
     mean_divergence: float
+    tolerance: plugin.Tolerance
     prompts: int
+    computed: tuple[str, str]
+    """In which way the run's model and the exported one answered: `in memory` or `layer by layer`."""
+    read_by: str
 
 
-def merge(run_directory: Path, output: Path, say: Say = silent) -> Merged:
-    """Write the merged model to `output`; on any failure nothing is left there."""
+def merge(
+    run_directory: Path,
+    output: Path,
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    free_bytes: int | None = None,
+    say: Say = silent,
+) -> Exported:
+    """Fold the adapter of a run into its base and write the whole model, stored in the base's type."""
     found = of_run(run_directory)
     if found.base is None:
         what = f"the run `{run_directory}` has no adapter to merge"
         why, fix = "it trained the weights themselves", f"use {found.folder} as it is"
         raise RecipeError(Problem(rule="not-an-adapter", what=what, why=why, fix=fix))
+    return export(
+        run_directory, output, format="safetensors", max_shard_size=max_shard_size, free_bytes=free_bytes, say=say
+    )
+
+
+def export(
+    run_directory: Path,
+    output: Path,
+    *,
+    format: str,
+    dtype: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    free_bytes: int | None = None,
+    say: Say = silent,
+) -> Exported:
+    """Write a run in a format to `output`; on any failure nothing is left there.
+
+    `dtype` None stores weights as the run's model was stored. `free_bytes` is the memory that may be used, None what
+    the system has free: a model that needs more in float32 is compared layer by layer.
+    """
+    form = _named(format)
+    if dtype is not None and dtype not in form.tolerances:
+        what = f"the format `{format}` does not store weights as `{dtype}`"
+        raise RecipeError(Problem("bad-value", what, fix=f"--dtype takes {' | '.join(form.tolerances)}"))
+    _require_size(max_shard_size)
     output = expanded(output)
     refuse_existing(output)
     _require_writable(output)
-    tokenizer = finished_tokenizer(found)
-    dtype = stored_dtype(Path(source_directory(found.base, say)), found.base.model_name_or_path)
-    say("loading the base in float32 and attaching the adapter")
-    adapted = load_finished(found, dtype="float32", say=say)
-    _require_plain_weights(adapted, found.base.model_name_or_path)
-    prompts = [*_sample_prompts(run_directory / rundir.SAMPLES), *TEXTS]
-    length = min(_MAX_TOKENS, max_positions(adapted) or _MAX_TOKENS)
-    inputs = [generate.encode(tokenizer, prompt)[:, :length] for prompt in prompts]
-    before = [_logits(adapted, ids) for ids in inputs]
-    whole = _fold(adapted)
-    del adapted
+    source = Source(run_directory, free_bytes=free_bytes, say=say)
+    form.check(source)
+    dtype = dtype or form.default_dtype(source)
+    _require_room(output, form.bytes_needed(source, dtype))
+    with source.computing() as (model, first):
+        say(f"asking the run's model, {first}")
+        inputs = _inputs(source, model)
+        before = _logits(model, inputs)
+        del model
     with _written_whole(output) as partial:
-        say(f"saving in {_name(dtype)}")
-        _save(whole.to(dtype), tokenizer, partial)
-        del whole
-        golden.copy(found.folder, partial)
-        golden.check(partial, read_tokenizer(str(partial), trust_remote_code=found.model.trust_remote_code))
-        say("loading what was saved and comparing it with the adapter")
-        difference, divergence = _compare(partial, found.base, inputs, before)
-        _judge(dtype, difference, divergence)
-    return Merged(output, _name(dtype), difference, divergence, len(prompts))
+        say(f"writing {form.name} in {dtype}")
+        form.write(source, partial, dtype=dtype, max_shard_size=max_shard_size)
+        with form.computing(source, partial) as (model, second):
+            say(f"asking what was written, {second}")
+            after = _logits(model, inputs)
+            del model
+        difference, divergence = _compared(before, after)
+        tolerance = form.tolerances[dtype]
+        _judge(form, tolerance, difference, divergence)
+    return Exported(
+        directory=output,
+        format=form.name,
+        dtype=dtype,
+        max_difference=difference,
+        mean_divergence=divergence,
+        tolerance=tolerance,
+        prompts=len(inputs),
+        computed=(first, second),
+        read_by=form.read_by,
+    )
+
+
+def _named(name: str) -> plugin.Export:
+    known = plugin.names(plugin.EXPORTS)
+    if name in known:
+        return plugin.export(name)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    fix = f"did you mean `{near[0]}`? " if near else ""
+    what = f"there is no export format `{name}`"
+    raise RecipeError(Problem("unknown-method", what, fix=f"{fix}the formats are: {', '.join(known)}"))
+
+
+def _require_size(text: str) -> None:
+    """Refuse what is no size as the hub's tools write it."""
+    if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
+        what = f"--max-shard-size cannot be `{text}`"
+        raise RecipeError(Problem("bad-value", what, fix="write it as 5GB, or 500MB"))
 
 
 @contextlib.contextmanager
@@ -96,20 +156,10 @@ def _written_whole(output: Path) -> Iterator[Path]:
     except Exception as error:
         if not isinstance(error, OSError) and not checkpoint.out_of_room(error):
             raise
-        fix = "make room, or name another --output, and merge again"
+        fix = "make room, or name another --output, and try again"
         why = str(error).split("\n")[0][:300]
         problem = Problem("output-unwritable", f"could not write `{output}`; nothing was left", why=why, fix=fix)
         raise RunError(problem) from None
-
-
-def _require_plain_weights(adapted: Any, name: str) -> None:
-    """Refuse a base stored in fewer bits: what training moved is smaller than its steps."""
-    base = adapted.get_base_model()
-    if getattr(base, "is_quantized", False) and not codes_of(base):
-        why = "its weights are quantised, and adding the adapter to them would round most of it away"
-        fix = f"use the adapter on it as it is, or train one on the unquantised weights of `{name}` and merge that"
-        what = f"the adapter cannot be merged into its base `{name}`"
-        raise RecipeError(Problem(rule="base-quantised", what=what, why=why, fix=fix))
 
 
 def refuse_existing(output: Path) -> None:
@@ -124,7 +174,7 @@ def _require_writable(output: Path) -> None:
     """Refuse what cannot be written to, before minutes are spent on loading."""
     target = output.resolve()
     if target == Path.cwd():
-        what = "the merged model cannot take the place of the folder you are in"
+        what = "the export cannot take the place of the folder you are in"
         raise RecipeError(Problem(rule="output-exists", what=what, fix="name a folder inside it with --output"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,71 +185,50 @@ def _require_writable(output: Path) -> None:
         raise RecipeError(Problem(rule="output-unwritable", what=what, why=str(error), fix=fix)) from None
 
 
-def stored_dtype(folder: Path, name: str) -> torch.dtype:
-    """Return what a model's weights are stored in: as its configuration says, else as the first tensor is."""
-    config = config_of(folder, name)
-    said = config.get("dtype") or config.get("torch_dtype")
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if said in named:
-        return named[said]
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (not a mapping)
-                kind = tensors.get_slice(key).get_dtype()
-                return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
-    return torch.float32
+def _require_room(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output.resolve().parent).free
+    if free < needed:
+        what = f"the export needs {format_bytes(needed)}, and the disk of {output} has {format_bytes(free)} free"
+        raise MachineError(Problem("disk-room", what, fix="free the disk, or name an --output on another one"))
 
 
-def _fold(adapted: Any) -> Any:
-    if codes_of(adapted.get_base_model()):
-        return dequantised(fold_pooled(adapted, over=QuantizedLinear))
-    try:
-        with quiet():
-            return adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # safe_merge found a number that is none
-        fix = "look at the run's loss: it may have diverged; resume from an earlier checkpoint"
-        problem = Problem(rule="merge-broken", what="the adapter cannot be merged", why=str(error), fix=fix)
-        raise RunError(problem) from error
+def _inputs(source: Source, model: Any) -> list[torch.Tensor]:
+    """Return the token ids (1, n) of the run's saved prompts, and of a few texts besides."""
+    prompts = [*_sample_prompts(source.run_directory / rundir.SAMPLES), *TEXTS]
+    length = min(_MAX_TOKENS, max_positions(model) or _MAX_TOKENS)
+    return [generate.encode(source.tokenizer, prompt)[:, :length] for prompt in prompts]
 
 
-def _save(whole: Any, tokenizer: Any, folder: Path) -> None:
-    with quiet():
-        whole.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+@torch.no_grad()
+def _logits(model: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the logits (n, vocabulary) of each prompt, of one forward pass: each pass may read all weights anew.
+
+    Padding stands at the right, where what came before it does not see it.
+    """
+    longest = max(ids.shape[1] for ids in inputs)
+    ids = torch.cat([functional.pad(row, (0, longest - row.shape[1])) for row in inputs])
+    mask = torch.cat([functional.pad(torch.ones_like(row), (0, longest - row.shape[1])) for row in inputs])
+    made = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    return [made[number, : row.shape[1]] for number, row in enumerate(inputs)]
 
 
-def _compare(folder: Path, base: Model, inputs: list[torch.Tensor], before: list[torch.Tensor]) -> tuple[float, float]:
-    """Return the largest difference of logits and the mean divergence between the adapter and the saved model."""
-    saved = Model(model_name_or_path=str(folder), dtype="float32", trust_remote_code=base.trust_remote_code)
-    fresh = load_model(saved)
+def _compared(before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[float, float]:
+    """Return the largest difference of logits and the mean divergence over all tokens; a NaN stays one in both."""
     differences, divergences = [], []
-    for ids, old in zip(inputs, before, strict=True):
-        new = _logits(fresh, ids)
+    for old, new in zip(before, after, strict=True):
         differences.append((new - old).abs().max())
         target = functional.log_softmax(old, dim=-1)
         found = functional.kl_div(functional.log_softmax(new, dim=-1), target, log_target=True, reduction="none")
-        divergences.append(found.sum(dim=-1).flatten())
-    return torch.stack(differences).max().item(), torch.cat(divergences).mean().item()  # a NaN stays one in both
+        divergences.append(found.sum(dim=-1))
+    return torch.stack(differences).max().item(), torch.cat(divergences).mean().item()
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        made: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return made.float()
-
-
-def _judge(dtype: torch.dtype, difference: float, divergence: float) -> None:
-    limit = MAX_DIVERGENCE.get(dtype)
-    # Written so that a NaN fails too.
-    fine = difference <= MAX_DIFFERENCE if limit is None else divergence <= limit
-    if not fine:
-        allowed = f"{MAX_DIFFERENCE:g} in a logit" if limit is None else f"{limit:g} in mean KL"
-        what = "the merged model does not say what the adapter says; nothing was kept"
-        why = f"largest logit difference {difference:.3g}, mean KL {divergence:.3g}, allowed: {allowed}"
-        fix = "use the adapter unmerged, and report this with the run's adapter_config.json"
-        raise RunError(Problem(rule="merge-differs", what=what, why=why, fix=fix))
+def _judge(form: plugin.Export, tolerance: plugin.Tolerance, difference: float, divergence: float) -> None:
+    if not tolerance.holds(difference, divergence):
+        what = f"the {form.name} files do not say what the run's model says; nothing was kept"
+        why = f"largest logit difference {difference:.3g}, mean KL {divergence:.3g}, allowed: {tolerance}"
+        fix = "use the run's model/ as it is, and report this with its configuration"
+        raise RunError(Problem(rule="export-differs", what=what, why=why, fix=fix))
 
 
 def _sample_prompts(path: Path) -> list[generate.Prompt]:
@@ -210,12 +239,8 @@ def _sample_prompts(path: Path) -> list[generate.Prompt]:
             prompt = row["prompt"]
             if isinstance(prompt, list):
                 prompt = Conversation(tuple(Turn(turn["role"], turn["content"]) for turn in prompt))
-        except (KeyError, TypeError):  # an odd line is no reason not to merge
+        except (KeyError, TypeError):  # an odd line is no reason not to export
             continue
         if prompt not in prompts:
             prompts.append(prompt)
     return prompts[:_MAX_PROMPTS]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -90,7 +90,7 @@ def probe() -> Machine:
         gpus=gpus,
         cpu_flags=_cpu_flags(Path("/proc/cpuinfo")),
         cpu_cores=_cpu_cores(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=memory_bytes(),
         packages=installed(sys.path),
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         unknown_device=unknown_device,
@@ -194,7 +194,7 @@ def _mig_devices(listing: str, by_uuid: Mapping[str, Gpu]) -> dict[str, Gpu]:
 
 def _memory_of(mebibytes: str) -> int:
     """Boards that share the processor's memory answer `[N/A]`: then it is the machine's."""
-    return int(float(mebibytes) * _MIB) if mebibytes.replace(".", "", 1).isdigit() else _memory_bytes()
+    return int(float(mebibytes) * _MIB) if mebibytes.replace(".", "", 1).isdigit() else memory_bytes()
 
 
 def _capability(text: str) -> tuple[int, int]:
@@ -220,7 +220,7 @@ def _cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Return the memory this process may use: the machine's, or less where a container is held to less."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

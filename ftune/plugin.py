@@ -1,4 +1,4 @@
-"""What a method is: four kinds of plugin, the facts each declares, and how they are found.
+"""What a method is: five kinds of plugin, the facts each declares, and how they are found.
 
 A plugin is a module whose name is the name in the recipe: `ftune/optimizers/sgd.py` is `optim: sgd`. Its module-level
 `plugin` object declares facts, which the rules, the planner and the trainer read; none of them knows a method by name.
@@ -12,6 +12,7 @@ import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from ftune.options import Options
 if TYPE_CHECKING:
     import torch
 
-OPTIMIZERS, TUNINGS, OBJECTIVES, FORMATS = "optimizers", "tuning", "objectives", "formats"
+OPTIMIZERS, TUNINGS, OBJECTIVES, FORMATS, EXPORTS = "optimizers", "tuning", "objectives", "formats", "exports"
 
 
 class Gradients(enum.Enum):
@@ -365,6 +366,59 @@ class Objective(Plugin):
         """
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an export may be from what it was made of."""
+
+    measure: Literal["largest logit difference", "mean KL"]
+    limit: float
+    """Of the difference of a logit, or of the mean Kullback-Leibler divergence in nats."""
+
+    def holds(self, difference: float, divergence: float) -> bool:
+        """Return whether both are numbers and the measured one is within the limit."""
+        found = difference if self.measure == "largest logit difference" else divergence
+        return found <= self.limit and math.isfinite(difference + divergence)
+
+    def __str__(self) -> str:
+        return f"{self.limit:g} in {self.measure}"
+
+
+class Export(Plugin):
+    """Files that other tools load, made of what a run ended with.
+
+    `source` is a `ftune.weights.source.Source`: whole weights tensor by tensor (`source.weights`), or the files.
+    """
+
+    folds: ClassVar[bool] = True
+    """Whether it holds whole weights, so that an adapter is folded into its base."""
+    read_by: ClassVar[str]
+    """What reads the result: "plain transformers"."""
+    tolerances: ClassVar[Mapping[str, Tolerance]]
+    """Each type that weights can be stored in, by the name that `--dtype` takes, and how far it may be off."""
+    refuses: ClassVar[str] = ""
+    """What cannot be written so, for the documentation."""
+
+    def default_dtype(self, source: Any) -> str:
+        """Return what weights are stored in where nothing is said."""
+        return str(source.stored_dtype)
+
+    def bytes_needed(self, source: Any, dtype: str) -> int:
+        """Return about how many bytes will be written."""
+        bits = {"float32": 32, "bfloat16": 16, "float16": 16, "q8_0": 8.5}
+        return int(source.parameters * bits[dtype] / 8)
+
+    def check(self, source: Any) -> None:
+        """Raise RecipeError for a source that cannot be written so, before anything is loaded."""
+
+    @abstractmethod
+    def write(self, source: Any, folder: Path, *, dtype: str, max_shard_size: str) -> None:
+        """Write the files into an empty folder."""
+
+    @abstractmethod
+    def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
+        """Return a context with the model as its files say, in float32, and in which way it computes."""
+
+
 def _modules(package: str) -> Iterable[str]:
     root = importlib.import_module(f"ftune.{package}")
     return sorted(found.name for found in pkgutil.iter_modules(root.__path__) if not found.name.startswith("_"))
@@ -405,6 +459,10 @@ def customary_learning_rate(optimizer: Optimizer, tuning: Tuning) -> tuple[float
     factor = optimizer.default_learning_rate / Optimizer.default_learning_rate
     rate, why = tuning.default_learning_rate * factor, tuning.learning_rate_reason
     return (rate, why) if factor == 1 else (rate, f"{why}, times {factor:g}: {optimizer.learning_rate_reason}")
+
+
+def export(name: str) -> Export:
+    return get(EXPORTS, name)  # type: ignore[no-any-return]
 
 
 def format_named(name: str) -> Format:

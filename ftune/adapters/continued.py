@@ -34,10 +34,11 @@ def continued(model: Any, folder: str, kind: str) -> Any:
     return attached(model, folder, trained=True)
 
 
-def attached(model: Any, folder: str, *, trained: bool, kinds: tuple[type, ...] = ()) -> Any:
+def attached(model: Any, folder: str, *, trained: bool, kinds: tuple[type, ...] = (), assign: bool = False) -> Any:
     """Return the model with the adapter of a folder; raises RunError where files and model do not go together.
 
-    `kinds` are those of layers that PEFT does not know by itself.
+    `kinds` are those of layers that PEFT does not know by itself. `assign` writes into no weight of the model, but
+    replaces it.
     """
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
@@ -50,14 +51,25 @@ def attached(model: Any, folder: str, *, trained: bool, kinds: tuple[type, ...] 
             config = PeftConfig.from_pretrained(folder)
             for kind in kinds:
                 accept(config, kind)
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trained, config=config)
+            adapted = PeftModel.from_pretrained(
+                model, folder, is_trainable=trained, config=config, low_cpu_mem_usage=assign
+            )
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        if "size mismatch" in str(error):
+            raise _other_shapes(folder, str(error)) from error
         raise _unfit(folder, str(error).strip().split("\n")[0][:300]) from error
     # peft only warns, and leaves those parts at their random start.
     lacking = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
     if lacking:
         raise _unfit(folder, lacking[0].split("\n")[0][:300])
     return adapted
+
+
+def _other_shapes(folder: str, text: str) -> RunError:
+    first = next(line.strip() for line in text.splitlines() if "size mismatch" in line)
+    what = f"the adapter in `{folder}` does not fit its base: its weights have other shapes"
+    fix = "name the model it was trained on"
+    return RunError(Problem("base-differs", what, why=first[:300], fix=fix))
 
 
 def _unfit(folder: str, why: str) -> RunError:

@@ -14,7 +14,8 @@ def merge(
 ) -> None:
     """Fold an adapter into its base, and prove that the result says what the adapter says.
 
-    The saved model is loaded again and compared with the adapter before it gets its name.
+    The base is read, merged and written one tensor at a time. The result is loaded again and compared with the
+    adapter before it gets its name.
 
     Example: ftune merge runs/my-run --output merged/my-model
     """

@@ -13,10 +13,10 @@ from ftune.adapters.bits import dequantised
 from ftune.adapters.continued import CONFIG as ADAPTER
 from ftune.adapters.continued import attached
 from ftune.errors import Problem, RunError
-from ftune.models import golden
+from ftune.models import fingerprint, golden
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
-from ftune.models.source import Say, damaged, silent
+from ftune.models.source import Say, damaged, refuse_pickles, silent, source_directory
 from ftune.quantized.files import read_codes
 from ftune.quantized.linear import QuantizedLinear
 from ftune.quantized.model import put_codes
@@ -38,6 +38,11 @@ class Finished:
     """How the base was held in fewer bits while the adapter was trained: arguments of BitsAndBytesConfig."""
     fits_rounded_base: bool = False
     """Whether the adapter makes up for what quantising took, and so belongs on no other base."""
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the adapter was trained on codes that are kept beside it."""
+        return (self.folder / rundir.CODES).is_file()
 
 
 def is_run(path: Path) -> bool:
@@ -83,11 +88,20 @@ def load_finished(
     An adapter that makes up for what quantising took gets what the codes stand for, which is what it was trained on.
     """
     wanted = found.model.model_copy(update={"dtype": dtype, "attn_implementation": "auto"})
+    check_base(found, say)
     bits = found.quantization if as_trained or found.fits_rounded_base else None
     model = load_model(wanted, device_type=device_type, say=say, quantization=bits)
     if bits is not None and not as_trained:
         model = dequantised(model)
-    return model if found.base is None else _attach(model, found.folder)
+    return model if found.base is None else attach(model, found.folder)
+
+
+def check_base(found: Finished, say: Say = silent) -> None:
+    """Refuse a pickled adapter, and one that was trained on other weights than its base now has."""
+    if found.base is not None:
+        refuse_pickles(found.folder, str(found.folder))
+        base = Path(source_directory(found.base, say))
+        fingerprint.check(found.folder, base, found.base.model_name_or_path)
 
 
 def finished_tokenizer(found: Finished, say: Say = silent) -> Any:
@@ -97,13 +111,14 @@ def finished_tokenizer(found: Finished, say: Say = silent) -> Any:
     return tokenizer
 
 
-def _attach(model: Any, folder: Path) -> Any:
+def attach(model: Any, folder: Path, *, assign: bool = False) -> Any:
+    """Return a model with the adapter of a folder; `assign` writes into no weight of the model, but replaces it."""
     kinds: tuple[type, ...] = ()
     if (folder / rundir.CODES).is_file():
         put_codes(model, read_codes(folder / rundir.CODES))
         kinds = (QuantizedLinear,)
     with quiet():
-        return attached(model, str(folder), trained=False, kinds=kinds).eval()
+        return attached(model, str(folder), trained=False, kinds=kinds, assign=assign).eval()
 
 
 def recipe_of(directory: Path) -> Recipe | None:

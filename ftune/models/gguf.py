@@ -7,6 +7,7 @@ import difflib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ftune.cache import cache_directory, content_hash
 from ftune.errors import MachineError, Problem, RecipeError
@@ -61,19 +62,14 @@ def _convert(path: Path, folder: Path) -> None:
     with path.open("rb") as content:
         if content.read(4) != _MAGIC:
             raise damaged(str(path), "it does not begin as a GGUF file does")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
     from ftune.models.quiet import quiet
 
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     try:
-        with quiet(), _no_bar():
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            # Without dequantize the model keeps GGUF blocks, and save_pretrained refuses it.
-            plain = GgufConfig(dequantize=True)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                **where, quantization_config=plain, dtype="float32", output_loading_info=True
-            )
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+            model, report = read_model(path)
             model.config._name_or_path = path.stem
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -85,6 +81,25 @@ def _convert(path: Path, folder: Path) -> None:
         raise _explain(path, error) from error
     if report["missing_keys"]:
         raise damaged(str(path), "it lacks " + ", ".join(sorted(report["missing_keys"])[:5]))
+
+
+def read_model(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a GGUF file, dequantised to float32, and transformers' report of what was found."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from ftune.models.quiet import quiet
+
+    with quiet(), _no_bar():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            local_files_only=True,
+            # Without dequantize the model keeps GGUF blocks, and save_pretrained refuses it.
+            quantization_config=GgufConfig(dequantize=True),
+            dtype="float32",
+            output_loading_info=True,
+        )
+    return model, report
 
 
 @contextlib.contextmanager

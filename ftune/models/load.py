@@ -18,7 +18,7 @@ from ftune.models.quiet import quiet
 from ftune.models.source import Say, check_weights, config_of, damaged, public_name, silent, source_directory
 from ftune.recipe.schema import Model
 
-_HARMLESS_EXTRAS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
+HARMLESS_EXTRAS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
 """Constants that old versions saved and new ones compute."""
 _INSTALLED = re.compile(r"pip install (?:-\S+ )*['\"]?([A-Za-z][\w.-]*)")
 """The package in a library's advice, past options, quotes and version."""
@@ -152,7 +152,7 @@ def _explain_failure(model: Model, folder: str, error: Exception) -> FtuneError:
 def _check_report(report: dict[str, Any], name: str) -> None:
     """Refuse what transformers only warns of: it fills missing weights with random numbers."""
     missing = sorted(report["missing_keys"])
-    extra = sorted(key for key in report["unexpected_keys"] if not _HARMLESS_EXTRAS.search(key))
+    extra = sorted(key for key in report["unexpected_keys"] if not HARMLESS_EXTRAS.search(key))
     mismatched = sorted(f"{key} {tuple(had)} instead of {tuple(want)}" for key, had, want in report["mismatched_keys"])
     parts = [
         f"{words}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"

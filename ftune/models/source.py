@@ -98,6 +98,32 @@ def damaged(path: str, why: str) -> RunError:
     return RunError(Problem(rule="weights-damaged", what=f"`{path}` is damaged or incomplete", why=why, fix=fix))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors that make up a model: a folder may hold its weights twice."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise damaged(str(index), f"it cannot be read: {error}") from None
+        return [folder / shard for shard in sorted(shards)]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def refuse_pickles(folder: Path, name: str) -> None:
+    """Refuse weights that are Python pickles, which may run code when they are read."""
+    if any(folder.glob("*.safetensors")):
+        return
+    found = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(ending))
+    if found:
+        what = f"the weights of `{name}` are a Python pickle: {', '.join(found[:3])}"
+        why = "a pickle can run any code when it is read"
+        fix = "if you trust its author, load it with transformers or peft and save it again: that writes safetensors"
+        raise RunError(Problem("pickle-weights", what, why=why, fix=fix))
+
+
 def _unknown(name: str, why: str, fix: str) -> RecipeError:
     return RecipeError(Problem(rule="unknown-model", what=f"no model `{name}`", why=why, fix=fix))
 

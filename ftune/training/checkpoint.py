@@ -103,6 +103,8 @@ def out_of_room(error: BaseException) -> bool:
         "No space left",
         "StorageFull",
         "os error 28",
+        "os error 27",  # a limit on the size of files
+        "os error 122",  # a quota
         "code: 28",
         "PytorchStreamWriter failed writing",
         "enforce fail",

@@ -7,49 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from finished_runs import write_run
 from safetensors.torch import load_file
 
 from ftune import export, rundir
 from ftune.errors import FtuneError, RecipeError, RunError
 from ftune.models.load import load_model
-from ftune.recipe.schema import Model, Recipe
-from ftune.resolve.spec import RunSpec
+from ftune.recipe.schema import Model
+from ftune.weights.folded import Streamed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*tied layer is part of the adapter.*:UserWarning"),
 ]
 ALPHA, RANK = 12.0, 3
 SETTINGS: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
-
-
-def write_run(directory: Path, model: Path) -> Path:
-    """Write the files of a run, but for its model."""
-    recipe = {
-        "model": {"model_name_or_path": str(model), "dtype": "float32"},
-        "data": {"train": "none.jsonl"},
-        "objective": {"method": "sft"},
-        "tuning": {"method": "lora"},
-        "training": {"output_dir": str(directory)},
-        "distributed": {},
-    }
-    spec = RunSpec(
-        recipe=Recipe.from_dict(recipe),
-        training_arguments={},
-        decisions=(),
-        recipe_text="",
-        overrides=(),
-        data_fingerprint={},
-        versions={},
-        device_type="cpu",
-        ftune_version="0",
-    )
-    directory.mkdir()
-    (directory / rundir.RUN).write_text(spec.to_json(), encoding="utf-8")
-    prompts = ["Say hello", [{"role": "user", "content": "Say bye"}], "Say hello"]
-    lines = [json.dumps({"step": 0, "prompt": prompt, "answer": "x"}) for prompt in prompts]
-    (directory / rundir.SAMPLES).write_text("\n".join([*lines, '{"step": 1, "pro']), encoding="utf-8")
-    return directory
 
 
 def adapt(run: Path, base: Path, **changes: Any) -> Any:
@@ -107,6 +80,10 @@ def test_merged_weights_are_the_formula(run: Path, tiny_model: Path, tmp_path: P
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [20, 40]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True},
+        {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"layers.1.mlp.up_proj": 2}},
         {"target_modules": ["q_proj"], "use_dora": True, "use_rslora": True, "modules_to_save": ["embed_tokens"]},
     ],
     ids=str,
@@ -147,8 +124,8 @@ def test_the_command_says_what_it_proved(
     answer = ftune("merge", run, "--output", tmp_path / "deep" / "merged")
     assert answer.returncode == 0, answer.stderr
     assert "merged == adapter on 5 prompts: largest logit difference" in answer.stdout
-    said = ["loading the base", "saving in float32", "loading what was saved"]
-    assert [line[: len(start)] for line, start in zip(answer.stderr.splitlines(), said, strict=True)] == said
+    said = ["asking the run's model, in memory", "writing safetensors in float32", "asking what was written, in memory"]
+    assert answer.stderr.splitlines() == said
     merged = tmp_path / "deep" / "merged"
     from transformers import AutoTokenizer
 
@@ -165,20 +142,20 @@ def test_a_merge_that_differs_is_not_kept(
     spoil: str, run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapt(run, tiny_model)
-    fold = export._fold
+    read = Streamed.read
 
-    def spoilt(adapted: Any) -> Any:
+    def spoilt(weights: Streamed, name: str) -> torch.Tensor:
         if spoil == "lose":
-            return adapted.unload()
-        whole = fold(adapted)
-        with torch.no_grad():
-            whole.model.layers[1].mlp.up_proj.weight[0, 0] += 0.5 if spoil == "change" else float("nan")
-        return whole
+            return weights.stored(name)
+        value = read(weights, name)
+        if name == "model.layers.1.mlp.up_proj.weight":
+            value[0, 0] += 0.5 if spoil == "change" else float("nan")
+        return value
 
-    monkeypatch.setattr(export, "_fold", spoilt)
+    monkeypatch.setattr(Streamed, "read", spoilt)
     with pytest.raises(RunError) as caught:
         export.merge(run, tmp_path / "out" / "merged")
-    assert caught.value.problems[0].rule == "merge-differs"
+    assert caught.value.problems[0].rule == "export-differs"
     assert list((tmp_path / "out").iterdir()) == []
 
 

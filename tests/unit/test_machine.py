@@ -57,7 +57,7 @@ def test_visible_devices_choose_as_cuda_does(visible: str | None, gpus: tuple[Gp
 
 def test_shared_memory_and_nonsense_lines() -> None:
     found, _ = parse_gpus("warning: x\n0, GPU-1, NVIDIA GB10, [N/A], 12.1\n", None)
-    assert found == (Gpu("NVIDIA GB10", machine._memory_bytes(), (12, 1)),)
+    assert found == (Gpu("NVIDIA GB10", machine.memory_bytes(), (12, 1)),)
 
 
 def fake_smi(folder: Path, script: str) -> None:

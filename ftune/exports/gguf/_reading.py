@@ -1,0 +1,64 @@
+"""The model again from a GGUF file: by transformers' own reader, or layer by layer where it does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, dequantize
+
+from ftune.exports.gguf import _architecture
+from ftune.exports.gguf._writing import path_in
+from ftune.models import gguf
+from ftune.weights.layerwise import computing as computing_layerwise
+from ftune.weights.skeleton import skeleton
+
+
+@contextlib.contextmanager
+def computing(source: Any, folder: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the model as the file says, in float32."""
+    path = path_in(folder)
+    if source.fits:
+        model, _ = gguf.read_model(path)
+        _stretch(model, source, path)
+        yield model.eval(), "in memory"
+        return
+    with computing_layerwise(_Read(path, str(source.folder))) as model:
+        yield model, "layer by layer"
+
+
+def _stretch(model: Any, source: Any, path: Path) -> None:
+    """Divide the rotary frequencies by the file's factors as llama.cpp does: transformers' reader passes over them."""
+    if _architecture.rope_factors(_architecture.config_of(source)) is None:
+        return
+    found = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == _architecture.ROPE_FACTORS)
+    model.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(found.data))
+
+
+class _Read:
+    """The weights of a file, dequantised when they are asked for."""
+
+    def __init__(self, path: Path, folder: str) -> None:
+        self.model = self.adapted = skeleton(folder)
+        self.parts: dict[str, Any] = {}
+        self._tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+
+    @cached_property
+    def _names(self) -> Any:
+        return _architecture.names_of(self.model.config)
+
+    def part_of(self, _name: str) -> None:
+        return None
+
+    def stored(self, name: str) -> torch.Tensor:
+        key = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if key not in self._tensors:
+            key = self._names.get_name("model.embed_tokens.weight", try_suffixes=(".weight",))  # the output is tied
+        found = self._tensors[key]
+        value = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type), dtype=np.float32))
+        return _architecture.rearranged(value, name, self.model.config, back=True)

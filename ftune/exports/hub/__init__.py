@@ -1,0 +1,36 @@
+"""A folder that is ready to be uploaded to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from ftune.plugin import Export
+from ftune.weights.tolerances import FLOATS
+
+
+class Hub(Export):
+    name = "hub"
+    summary = "The whole model as safetensors with a model card written from the run; nothing is uploaded."
+    read_by = "plain transformers; `hf upload` publishes it"
+    tolerances = FLOATS
+    refuses = "adapters on a base that is itself stored in fewer bits"
+
+    def check(self, source: Any) -> None:
+        source.require_plain_weights()
+
+    def write(self, source: Any, folder: Path, *, dtype: str, max_shard_size: str) -> None:
+        from ftune.exports.hub import _card
+        from ftune.weights import written
+
+        written.write(source, folder, dtype, max_shard_size)
+        _card.write(source, folder, dtype)
+
+    def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
+        from ftune.weights import written
+
+        return written.computing(source, folder)
+
+
+plugin = Hub()

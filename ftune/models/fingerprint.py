@@ -1,0 +1,99 @@
+"""Which weights an adapter was trained on, kept beside it: on others of the same shape it would load and mislead."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ftune import rundir
+from ftune.errors import Problem, RunError
+from ftune.models.source import damaged, weight_files
+
+_SAMPLE_BYTES = 1024
+"""Read at the beginning, the middle and the end of each tensor: milliseconds, where all of a 70B model is minutes."""
+
+
+def write(folder: Path, base: Path, name: str) -> None:
+    """Write the base's fingerprint into an adapter's folder; nothing where the base has no safetensors."""
+    made = of(base)
+    if made is not None:
+        known = {"base": name, **made}
+        rundir.write_text(folder / rundir.BASE_FINGERPRINT, json.dumps(known, indent=1) + "\n")
+
+
+def check(folder: Path, base: Path, name: str) -> None:
+    """Raise RunError where an adapter's folder says that it was trained on other weights than those in `base`."""
+    known = _read(folder / rundir.BASE_FINGERPRINT)
+    found = of(base) if known is not None else None
+    if known is None or found is None or found["sha256"] == known["sha256"]:
+        return
+    was, now = known["tensors"], found["tensors"]
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if changed:
+        shown = [f"{key} {was.get(key, 'missing')} there, {now.get(key, 'missing')} here" for key in changed[:3]]
+        why = "; ".join(shown) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    else:
+        why = "the tensors have the same names and shapes, and other numbers"
+    what = f"the adapter in `{folder}` was not trained on the weights that `{name}` now has"
+    fix = (
+        f"name the model it was trained on (`{known['base']}` at that time); if the change is meant, "
+        f"delete {rundir.BASE_FINGERPRINT} in `{folder}`"
+    )
+    raise RunError(Problem("base-differs", what, why=why, fix=fix))
+
+
+def of(folder: Path) -> dict[str, Any] | None:
+    """Return the shapes of all tensors in a folder, and a SHA-256 of names, shapes, types and samples of each.
+
+    How tensors are spread over files does not count. None where there are no safetensors.
+    """
+    entries: dict[str, tuple[str, list[int], bytes]] = {}
+    for path in weight_files(folder):
+        entries.update(_sampled(path))
+    if not entries:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(entries):
+        kind, shape, sample = entries[name]
+        digest.update(json.dumps([name, kind, shape]).encode("ascii"))
+        digest.update(sample)
+    return {"sha256": digest.hexdigest(), "tensors": {name: entries[name][1] for name in sorted(entries)}}
+
+
+def _sampled(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Return type, shape and sample of each tensor of a file, from its header and three places of each."""
+    try:
+        with path.open("rb") as content:
+            length, size = struct.unpack("<Q", content.read(8))[0], path.stat().st_size
+            header = json.loads(content.read(min(length, size)))
+            header.pop("__metadata__", None)
+            if 8 + length + max(entry["data_offsets"][1] for entry in header.values()) > size:
+                raise ValueError("it ends before its last tensor does")
+            return {name: _sample(content, 8 + length, entry) for name, entry in header.items()}
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise damaged(str(path), f"{type(error).__name__}: {error}") from None
+
+
+def _sample(content: BinaryIO, start: int, entry: dict[str, Any]) -> tuple[str, list[int], bytes]:
+    begin, end = entry["data_offsets"]
+    sample = b""
+    for place in (begin, (begin + end) // 2, max(begin, end - _SAMPLE_BYTES)):
+        content.seek(start + place)
+        sample += content.read(min(_SAMPLE_BYTES, end - place))
+    return entry["dtype"], entry["shape"], sample
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None  # made by other tools
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known["tensors"], dict):
+            raise TypeError("`tensors` is no mapping")
+        return {"base": str(known["base"]), "sha256": str(known["sha256"]), "tensors": known["tensors"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why, fix = f"{type(error).__name__}: {error}", f"restore `{path}` from a copy, or delete it"
+        raise RunError(Problem("run-damaged", f"`{path}` cannot be read", why=why, fix=fix)) from None

@@ -1,0 +1,43 @@
+"""A folder that plain transformers loads: weights, configuration, tokenizer; and the model again from it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ftune.models import golden
+from ftune.models.finished import Finished
+from ftune.models.load import load_model, read_tokenizer
+from ftune.models.quiet import quiet
+from ftune.recipe.schema import Model
+from ftune.weights.folded import Streamed
+from ftune.weights.layerwise import computing as computing_layerwise
+from ftune.weights.source import Source
+
+
+def write(source: Source, folder: Path, dtype: str, max_shard_size: str) -> None:
+    """Write whole weights and everything beside them."""
+    source.weights.save(folder, dtype, max_shard_size)
+    write_tokenizer(source, folder)
+
+
+def write_tokenizer(source: Source, folder: Path) -> None:
+    """Write the tokenizer with its template, and see that what lies there is the one of the training."""
+    with quiet():
+        source.tokenizer.save_pretrained(folder)
+    golden.copy(source.found.folder, folder)
+    golden.check(folder, read_tokenizer(str(folder), trust_remote_code=source.found.model.trust_remote_code))
+
+
+@contextlib.contextmanager
+def computing(source: Source, folder: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the model of a written folder in float32: loaded as anyone would, or layer by layer if it does not fit."""
+    trusted = source.found.model.trust_remote_code
+    model = Model(model_name_or_path=str(folder), dtype="float32", trust_remote_code=trusted)
+    if source.fits:
+        yield load_model(model), "in memory"
+        return
+    with computing_layerwise(Streamed(Finished(folder, None, model), folder)) as fresh:
+        yield fresh, "layer by layer"
