@@ -48,7 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "eva-in-four-bits": {"method": "qlora", "init_lora_weights": "eva", "r": 4, "eva_batches": 3, "use_dora": True},
     "vera-on-names": {"method": "vera", "r": 16, "target_modules": ["q_proj", "up_proj"], "vera_dropout": 0.1},
 }
-LONG = ("eight-bits", "quick-pissa", "eva-in-four-bits", "vera-on-names")
+OPTIMIZERS = {"qlora": "paged_adamw_8bit", "loftq": "adalomo"}
+LONG = ("olora", "eight-bits", "quick-pissa", "eva-in-four-bits", "vera-on-names")
 PARAMETERS = [pytest.param(name, marks=slow if name in LONG else ()) for name in CASES]
 PLAIN_PEFT = """
 import sys, json, torch
@@ -122,7 +123,14 @@ def trained(
     def train(name: str) -> Trained:
         if name not in found:
             folder = tmp_path_factory.mktemp(name)
-            settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3}
+            optim = OPTIMIZERS.get(name, "adamw_torch")
+            settings = {
+                "optim": optim,
+                "max_steps": 4,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "learning_rate": 3e-3,
+            }
             values = recipe(
                 *(tiny_model, rows, folder / "whole"),
                 tuning=CASES[name],

@@ -142,7 +142,10 @@ def by_hand(name: str, model: Path, batch: dict[str, Any], looked_at: list[dict[
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("rslora", "gaussian", "orthogonal", "quick-pissa", "excluded", "loraplus", "tokens")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES])
 def test_losses_are_those_of_peft_in_a_plain_loop(
     name: str, tiny_model: Path, rows: Path, tmp_path: Path, looked_at: list[dict[str, Any]]
 ) -> None:
