@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import re
 import shutil
 import tempfile
@@ -49,6 +50,8 @@ class Exported:
     dtype: str
     max_difference: float
     mean_divergence: float
+    losses: tuple[float, float]
+    """The mean loss of a prompt's token, in nats: said by the run's model, and by what was written."""
     tolerance: plugin.Tolerance
     prompts: int
     computed: tuple[str, str]
@@ -95,6 +98,7 @@ def export(
         what = f"the format `{format}` does not store weights as `{dtype}`"
         raise RecipeError(Problem("bad-value", what, fix=f"--dtype takes {' | '.join(form.tolerances)}"))
     _require_size(max_shard_size)
+    _require_packages(form)
     output = expanded(output)
     refuse_existing(output)
     _require_writable(output)
@@ -123,6 +127,7 @@ def export(
         dtype=dtype,
         max_difference=difference,
         mean_divergence=divergence,
+        losses=(_mean_loss(before, inputs), _mean_loss(after, inputs)),
         tolerance=tolerance,
         prompts=len(inputs),
         computed=(first, second),
@@ -145,6 +150,13 @@ def _require_size(text: str) -> None:
     if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
         what = f"--max-shard-size cannot be `{text}`"
         raise RecipeError(Problem("bad-value", what, fix="write it as 5GB, or 500MB"))
+
+
+def _require_packages(form: plugin.Export) -> None:
+    lacking = [name for name in form.needs if importlib.util.find_spec(name) is None]
+    if lacking:
+        what = f"the format `{form.name}` needs {' and '.join(lacking)}"
+        raise MachineError(Problem("package-missing", what, fix=f"pip install {' '.join(lacking)}"))
 
 
 @contextlib.contextmanager
@@ -210,6 +222,12 @@ def _logits(model: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     mask = torch.cat([functional.pad(torch.ones_like(row), (0, longest - row.shape[1])) for row in inputs])
     made = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
     return [made[number, : row.shape[1]] for number, row in enumerate(inputs)]
+
+
+def _mean_loss(logits: list[torch.Tensor], inputs: list[torch.Tensor]) -> float:
+    pairs = zip(logits, inputs, strict=True)
+    each = [functional.cross_entropy(made[:-1], ids[0, 1:], reduction="none") for made, ids in pairs]
+    return torch.cat(each).mean().item()
 
 
 def _compared(before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[float, float]:

@@ -10,7 +10,10 @@ import typer
 
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
-    format: Annotated[str, typer.Option(help="safetensors, adapter, gguf or hub; `ftune explain FORMAT` says more.")],
+    format: Annotated[
+        str,
+        typer.Option(help="safetensors, adapter, gguf, hub, nf4, low_bit, torchao; `ftune explain` says more."),
+    ],
     output: Annotated[Path, typer.Option(help="The folder to write to; must be new or empty.")],
     dtype: Annotated[
         str | None,
@@ -35,7 +38,8 @@ def export(
         say=lambda line: typer.echo(line, err=True),
     )
     typer.echo(
-        f"{made.format} == run on {made.prompts} prompts: largest logit difference {made.max_difference:.2g}, "
-        f"mean KL {made.mean_divergence:.2g} (allowed: {made.tolerance})"
+        f"{made.format} beside the run on {made.prompts} prompts: largest logit difference {made.max_difference:.2g}, "
+        f"mean KL {made.mean_divergence:.2g} (allowed: {made.tolerance}), "
+        f"loss {made.losses[0]:.4f} -> {made.losses[1]:.4f}"
     )
     typer.echo(f"{made.directory}: {made.dtype}, loads with {made.read_by}")

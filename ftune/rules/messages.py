@@ -63,6 +63,7 @@ MESSAGES = {
     "gguf-architecture": "llama.cpp would compute something else with this model, or ftune does not write it as GGUF.",
     "gguf-tokenizer": "llama.cpp has no name for the way that this tokenizer splits text.",
     "not-mergeable": "The adapter adds to the model's input and not to its weights: there is nothing to fold it into.",
+    "no-codes": "Only a run that trained upon codes (qalora) can be written in the same codes.",
     "not-an-adapter": "`ftune merge` was given a run that trained whole weights: there is nothing to fold in.",
     "output-exists": "What would be written exists already; ftune overwrites nothing.",
     "output-unwritable": "The place to write to is closed to this user, or its disk is full.",

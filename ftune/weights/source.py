@@ -127,7 +127,11 @@ class Source:
         if isinstance(self.streamed, Streamed):
             return self.streamed
         self.say(f"merging in memory: {self.streamed}")
-        return InMemory(self.__dict__.pop("_loaded", None) or load_finished(self.found, dtype="float32"))
+        return InMemory(self.taken())
+
+    def taken(self) -> Any:
+        """Return the model in float32 with its adapter beside it, for the caller to change."""
+        return self.__dict__.pop("_loaded", None) or load_finished(self.found, dtype="float32")
 
 
 def free_bytes() -> int:

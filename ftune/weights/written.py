@@ -41,3 +41,10 @@ def computing(source: Source, folder: Path) -> Iterator[tuple[Any, str]]:
         return
     with computing_layerwise(Streamed(Finished(folder, None, model), folder)) as fresh:
         yield fresh, "layer by layer"
+
+
+@contextlib.contextmanager
+def loaded(source: Source, folder: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the model of a written folder, loaded as anyone would and computing in float32."""
+    trusted = source.found.model.trust_remote_code
+    yield load_model(Model(model_name_or_path=str(folder), dtype="float32", trust_remote_code=trusted)), "in memory"

@@ -190,36 +190,3 @@ class TestLoftQ:
         theirs = _low_rank_decomposition(error, reduced_rank=4)
         torch.testing.assert_close(found.lora_B["default"].weight.detach(), theirs["L"])
         torch.testing.assert_close(found.lora_A["default"].weight.detach(), theirs["R"])
-
-
-class TestWrittenInBits:
-    def test_is_the_sum_quantised_once(self, wide: Path, tmp_path: Path) -> None:
-        """Each matrix is the formula's rounding of W + s B A, and the losses are transformers' own."""
-        from transformers import AutoModelForCausalLM
-
-        from ftune.models.finished import Finished
-        from ftune.models.in_bits import write_in_bits
-
-        options = QLoRAOptions(r=4, bnb_4bit_use_double_quant=False)
-        base = Model(model_name_or_path=str(wide), dtype="float32")
-        adapter = with_b(adapted(held(wide, options), options))
-        adapter.save_pretrained(tmp_path / "adapter")
-        plain = with_b(adapted(load_model(base), options))
-        name = "model.layers.1.mlp.up_proj"
-        layer = plain.get_base_model().get_submodule(name)
-        summed = (layer.get_base_layer().weight + layer.get_delta_weight("default")).detach()
-        with quiet():
-            plain.merge_and_unload().save_pretrained(tmp_path / "whole")
-        found = Finished(tmp_path / "adapter", base, base, options.quantization())
-        made = write_in_bits(found, tmp_path / "whole", tmp_path / "bits", options.quantization(), [IDS[:1], IDS[1:]])
-        written = AutoModelForCausalLM.from_pretrained(tmp_path / "bits")
-        bits.keep_differentiable(written)
-        blocks = summed.reshape(-1, BLOCK)
-        scales = blocks.abs().amax(dim=1, keepdim=True)
-        values = normal_float_values()
-        codes = ((blocks / scales).double()[..., None] - values).abs().argmin(dim=-1)
-        rounded = (values.float()[codes] * scales).reshape(summed.shape)
-        torch.testing.assert_close(bits.dequantised_weight(written.get_submodule(name)), rounded, rtol=1e-5, atol=1e-7)
-        with torch.no_grad():
-            losses = [float(model.eval()(input_ids=IDS, labels=IDS).loss) for model in (adapter, written)]
-        assert [made.before, made.after] == pytest.approx(losses, rel=1e-5)

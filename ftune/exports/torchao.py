@@ -1,0 +1,43 @@
+"""A merged QA-LoRA model in the bits it was trained upon, as plain transformers reads it through torchao."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from ftune.plugin import Export
+from ftune.weights.tolerances import FLOATS
+
+
+class TorchAO(Export):
+    name = "torchao"
+    summary = "The merged model in 2 to 8 bits with floating zero-points, each code in a byte: exact."
+    needs = ("torchao",)
+    read_by = "plain transformers with torchao"
+    tolerances = FLOATS
+    refuses = "runs of other methods than qalora, and groups whose inputs are not neighbours"
+
+    def bytes_needed(self, source: Any, dtype: str) -> int:
+        from ftune.weights import coded
+
+        return coded.bytes_needed(source, dtype) + source.parameters  # codes are a byte each here
+
+    def check(self, source: Any) -> None:
+        from ftune.weights import coded
+
+        coded.check(source)
+
+    def write(self, source: Any, folder: Path, *, dtype: str, max_shard_size: str) -> None:
+        from ftune.quantized.saved import save_torchao
+        from ftune.weights import coded
+
+        coded.write(source, folder, dtype, save_torchao)
+
+    def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
+        from ftune.weights import written
+
+        return written.loaded(source, folder)
+
+
+plugin = TorchAO()

@@ -1,0 +1,131 @@
+"""Exports in few bits: codes that stay the run's own, and a rounding that says what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import recipe, rows_file
+
+import ftune as package
+from ftune import chat, export, rundir
+from ftune.errors import RecipeError
+from ftune.quantized.files import read_codes
+from ftune.quantized.model import codes_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+IDS = [[0, 20, 30, 40, 50, 60]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, make_tiny: Callable[..., Path]) -> Path:
+    """Return a folder with finished runs `qalora-2` ... `qalora-8`, `lora` and `qlora` on one base."""
+    folder = tmp_path_factory.mktemp("few-bits")
+    make_tiny(folder / "base", hidden_size=64, intermediate_size=128, initializer_range=0.05)
+    rows = rows_file(folder / "rows.jsonl", 8)
+    groups = {"method": "qalora", "r": 4, "group_size": 32, "fit": "minmax"}
+    tunings = {f"qalora-{bits}": {**groups, "bits": bits} for bits in (2, 3, 4, 8)}
+    tunings |= {"lora": {"method": "lora", "r": 4}, "qlora": {"method": "qlora", "r": 4}}
+    training = {"max_steps": 4, "learning_rate": 1e-2, "sample_prompts": ["Say hello"]}
+    for name, tuning in tunings.items():
+        package.train(recipe(folder / "base", rows, folder / name, training=training, tuning=tuning))
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        made: torch.Tensor = model.eval()(input_ids=torch.tensor(IDS)).logits
+    return made
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_low_bit_keeps_every_code(bits: int, home: Path, tmp_path: Path) -> None:
+    run = home / f"qalora-{bits}"
+    made = export.export(run, tmp_path / "out", format="low_bit")
+    assert made.max_difference < 1e-4
+    assert made.losses[0] == pytest.approx(made.losses[1], abs=1e-5)
+    before, after = read_codes(run / "model" / rundir.CODES), read_codes(tmp_path / "out" / rundir.CODES)
+    assert len(before) == len(after) == 14
+    for name, codes in before.items():
+        assert torch.equal(codes.packed, after[name].packed)
+        assert torch.equal(codes.scale, after[name].scale)
+        assert not torch.equal(codes.offset, after[name].offset)
+    fresh = chat.open_target(str(tmp_path / "out"))[0]
+    assert set(codes_of(fresh)) == set(before)
+    assert (logits(fresh) - logits(chat.open_target(str(run))[0])).abs().max() < 1e-4
+
+
+def test_the_rest_may_take_16_bits_and_offsets_do_not(home: Path, tmp_path: Path) -> None:
+    made = export.export(home / "qalora-4", tmp_path / "out", format="low_bit", dtype="bfloat16")
+    assert 0 < made.mean_divergence < 2e-3
+    codes = read_codes(tmp_path / "out" / rundir.CODES)
+    assert {(one.scale.dtype, one.offset.dtype) for one in codes.values()} == {(torch.float32, torch.float32)}
+    assert chat.open_target(str(tmp_path / "out"))[0].get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+_PLAIN = """
+import json, sys, torch, transformers
+sys.modules["ftune"] = None
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad():
+    print(json.dumps(model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
+"""
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_torchao_is_read_by_plain_transformers_in_a_fresh_process(bits: int, home: Path, tmp_path: Path) -> None:
+    run = home / f"qalora-{bits}"
+    export.export(run, tmp_path / "out", format="torchao")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PLAIN, str(tmp_path / "out"), json.dumps(IDS)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert (found - logits(chat.open_target(str(run))[0])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("run", ["lora", "qlora"])
+def test_nf4_is_the_sum_rounded_once_and_says_what_it_costs(
+    run: str, home: Path, tmp_path: Path, ftune: Callable[..., Any]
+) -> None:
+    from bitsandbytes import functional
+    from transformers import AutoModelForCausalLM
+
+    from ftune.adapters import bits
+
+    answer = ftune("export", home / run, "--format", "nf4", "--output", tmp_path / "out", "--dtype", "float32")
+    assert answer.returncode == 0, answer.stderr
+    assert "half a step of the codes" in answer.stderr
+    before, _, after = answer.stdout.partition("loss ")[2].splitlines()[0].partition(" -> ")
+    assert float(before) != float(after)
+    merged = export.merge(home / run, tmp_path / "merged")
+    assert merged.losses[0] == pytest.approx(merged.losses[1], abs=1e-4)
+    assert float(before) == pytest.approx(merged.losses[0], abs=1e-4)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    bits.keep_differentiable(written)
+    name = "model.layers.1.mlp.up_proj"
+    codes, state = functional.quantize_4bit(
+        whole.get_submodule(name).weight.data, quant_type="nf4", compress_statistics=True
+    )
+    expected = functional.dequantize_4bit(codes, state)
+    assert torch.equal(bits.dequantised_weight(written.get_submodule(name)), expected)
+
+
+@pytest.mark.parametrize("form", ["low_bit", "torchao"])
+def test_a_run_without_codes_is_refused(form: str, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no codes to write"):
+        export.export(home / "lora", tmp_path / "out", format=form)
+    assert not (tmp_path / "out").exists()
