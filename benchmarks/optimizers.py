@@ -1,6 +1,6 @@
 """Every optimizer and way of tuning on SmolLM2-135M and the shipped rows: loss after 200 steps, memory, time of a step.
 
-    python benchmarks/optimizers.py search [--jobs 2]    the rate of each, by the loss after 40 steps
+    python benchmarks/optimizers.py search [--jobs 2]    the best rate of each, by the loss after 40 steps
     python benchmarks/optimizers.py final [--jobs 2]     200 steps of each at its best rate
     python benchmarks/optimizers.py cost                 time of a step and live bytes; on an idle machine
     python benchmarks/optimizers.py table
@@ -52,7 +52,8 @@ class Method:
     """One row of the table."""
 
     name: str
-    rates: tuple[float, ...] = ()
+    rate: float = 0.0
+    """Where its search begins."""
     like: str = ""
     """Name of the method whose best rate it takes, where it searches for none of its own."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -60,32 +61,31 @@ class Method:
     model: dict[str, Any] = field(default_factory=dict)
 
 
-def optimizer(name: str, *rates: float, like: str = "") -> Method:
-    return Method(name, rates, like, {"optim": name})
+def optimizer(name: str, rate: float = 0.0, like: str = "") -> Method:
+    return Method(name, rate, like, {"optim": name})
 
 
-_ADAM = (1e-5, 3e-5, 1e-4)
 METHODS = (
-    optimizer("adamw_torch", *_ADAM),
-    optimizer("adamw_8bit", *_ADAM),
-    optimizer("adafactor", *_ADAM),
-    optimizer("lion_8bit", 3e-6, 1e-5, 3e-5),
-    optimizer("muon", 3e-4, 1e-3, 3e-3),
-    optimizer("schedule_free_adamw", *_ADAM),
-    optimizer("galore_adamw", 3e-5, 1e-4, 3e-4),
-    optimizer("apollo_adamw", 3e-5, 1e-4, 3e-4),
-    optimizer("sgd", 1e-2, 3e-2, 1e-1),
+    optimizer("adamw_torch", 1e-4),
+    optimizer("adamw_8bit", 1e-4),
+    optimizer("adafactor", 1e-4),
+    optimizer("lion_8bit", 3e-5),
+    optimizer("muon", 1e-3),
+    optimizer("schedule_free_adamw", 3e-4),
+    optimizer("galore_adamw", 3e-4),
+    optimizer("apollo_adamw", 3e-4),
+    optimizer("sgd", 3e-2),
     optimizer("lomo", like="sgd"),
-    optimizer("adalomo", 3e-4, 1e-3, 3e-3),
+    optimizer("adalomo", 1e-3),
     Method("adalomo, bfloat16 weights", like="adalomo", training={"optim": "adalomo"}, model={"dtype": "bfloat16"}),
     optimizer("adamw_fused_backward", like="adamw_torch"),
     optimizer("adafactor_fused_backward", like="adafactor"),
-    Method("hift", (1e-4, 3e-4, 1e-3), tuning={"method": "hift"}),
-    Method("lisa", _ADAM, tuning={"method": "lisa"}),
-    Method("badam", _ADAM, tuning={"method": "badam", "interval": 50}),
-    Method("lora", (3e-4, 1e-3, 3e-3), tuning={"method": "lora"}),
-    optimizer("mezo", 1e-7, 1e-6, 1e-5),
-    optimizer("sparse_mezo", 1e-5, 1e-4, 1e-3),
+    Method("hift", 3e-4, tuning={"method": "hift"}),
+    Method("lisa", 1e-4, tuning={"method": "lisa"}),
+    Method("badam", 1e-4, tuning={"method": "badam", "interval": 50}),
+    Method("lora", 1e-3, tuning={"method": "lora"}),
+    optimizer("mezo", 1e-6),
+    optimizer("sparse_mezo", 1e-4),
 )
 
 
@@ -103,40 +103,56 @@ def main() -> None:
     elif options.what == "table":
         print(table(results(options.results)))
     else:
+        names = options.only.split(",") if options.only else [method.name for method in METHODS]
+        wanted = [method for method in METHODS if method.name in names]
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: measure(*run, options), wanted_runs(options)))
+            if options.what == "search":
+                list(pool.map(lambda method: search(method, options), (each for each in wanted if not each.like)))
+            else:
+                list(pool.map(lambda method: measure_best(method, options), wanted))
 
 
-def wanted_runs(options: argparse.Namespace) -> list[tuple[Method, float]]:
-    """Return each method and rate that has no line yet."""
+def search(method: Method, options: argparse.Namespace) -> None:
+    """Try rates upwards and downwards of a first one, a factor of about 3 apart, until the best has both neighbours."""
+    while untried := open_rates(method, results(options.results)):
+        for rate in untried:
+            if not measure(method, rate, options):
+                return
+
+
+def open_rates(method: Method, rows: list[dict[str, Any]]) -> list[float]:
+    """Return the neighbours of the best rate so far that were not tried yet."""
+    tried = losses_by_rate(method, rows)
+    best = min(tried, key=tried.__getitem__, default=method.rate)
+    return [rate for rate in (best, *neighbours(best)) if rate not in tried]
+
+
+def neighbours(rate: float) -> tuple[float, float]:
+    """Return the rates below and above among 1, 3, 10, 30 ... times a power of ten."""
+    mantissa, exponent = f"{rate:.0e}".split("e")
+    below, above = ("3e-1", "3e0") if mantissa == "1" else ("1e0", "1e1")
+    return tuple(float(f"{float(each) * 10.0 ** int(exponent):.0e}") for each in (below, above))  # type: ignore[return-value]
+
+
+def losses_by_rate(method: Method, rows: list[dict[str, Any]]) -> dict[float, float]:
+    """Return what a search found; a run that diverged has an infinite loss."""
+    searched = (row for row in rows if row["stage"] == "search" and row["name"] == (method.like or method.name))
+    return {row["rate"]: math.inf if row["eval_loss"] is None else row["eval_loss"] for row in searched}
+
+
+def measure_best(method: Method, options: argparse.Namespace) -> None:
+    """Measure a method at its best rate, where that is known and was not measured yet."""
     rows = results(options.results)
-    done = {(row["name"], row["rate"]) for row in rows if row["stage"] == options.what}
-    names = options.only.split(",") if options.only else [method.name for method in METHODS]
-    found = []
-    for method in METHODS:
-        if options.what == "search":
-            rates: list[float] = list(method.rates)
-        else:
-            best = best_rate(rows, method)
-            rates = [] if best is None else [best]
-        found += [(method, rate) for rate in rates if method.name in names and (method.name, rate) not in done]
-    return found
+    searched = next(each for each in METHODS if each.name == (method.like or method.name))
+    if not open_rates(searched, rows):
+        tried = losses_by_rate(method, rows)
+        rate = min(tried, key=tried.__getitem__)
+        if not any((row["stage"], row["name"], row["rate"]) == (options.what, method.name, rate) for row in rows):
+            measure(method, rate, options)
 
 
-def best_rate(rows: list[dict[str, Any]], method: Method) -> float | None:
-    """Return the searched rate of the least loss; None before the search has ended."""
-    tried = {
-        row["rate"]: row["eval_loss"]
-        for row in rows
-        if row["stage"] == "search" and row["name"] == (method.like or method.name)
-    }
-    searched = next(each for each in METHODS if each.name == (method.like or method.name)).rates
-    if not set(searched) <= set(tried):
-        return None
-    return min(searched, key=lambda rate: math.inf if tried[rate] is None else tried[rate])
-
-
-def measure(method: Method, rate: float, options: argparse.Namespace) -> None:
+def measure(method: Method, rate: float, options: argparse.Namespace) -> bool:
+    """Run in a process of its own and write down what it found; return whether it ended well."""
     command = [sys.executable, __file__, options.what, "--run", method.name, str(rate)]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
     made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | threads)
@@ -147,6 +163,7 @@ def measure(method: Method, rate: float, options: argparse.Namespace) -> None:
         options.results.parent.mkdir(exist_ok=True)
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+    return made.returncode == 0
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -190,12 +207,17 @@ def measured(method: Method, rate: float, what: str) -> dict[str, Any]:
     from live_bytes import LiveBytes
 
     import ftune
+    from ftune.errors import FtuneError
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        result = ftune.train(recipe(method, rate, STAGES[what], f"{folder}/run"))
+        try:
+            result = ftune.train(recipe(method, rate, STAGES[what], f"{folder}/run"))
+        except FtuneError as error:
+            if error.problems[0].rule != "loss-not-finite":
+                raise
+            return {"eval_loss": None}
         if what != "cost":
-            # A method that diverges has a loss that is no number.
-            return {"eval_loss": result.eval_loss if math.isfinite(result.eval_loss or math.nan) else None}
+            return {"eval_loss": result.eval_loss}
         lines = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
         with LiveBytes() as live:
             ftune.train(recipe(method, rate, Stage(2, 1), f"{folder}/bytes"))

@@ -1,12 +1,15 @@
-"""MeZO over the most sensitive weights only, 1 in 1,000 (Guo et al., 2024, without their 4-bit storage of the rest)."""
+"""MeZO over the most sensitive weights only, 1 in 1,000 (SensZOQ: Guo et al., 2024)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ftune.options import Integer, Number, Options, Positive
+from ftune.errors import Problem, RecipeError
+from ftune.options import Integer, Number, Options, Positive, Text
+from ftune.places import expanded
 from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
 
 
@@ -23,6 +26,13 @@ class SparseMeZOOptions(Options):
     """Whether that share is of all weights together, or of each tensor."""
     calibration_batches: Integer = Field(default=16, ge=1)
     """Batches whose gradients are squared and summed, once before the first step."""
+    mask: Text | None = None
+    """Directory of an earlier run of sparse_mezo on the same weights: those that it chose move, and none are chosen."""
+    rest_bits: Literal[2, 3, 4, 8] | None = None
+    """In how many bits the linear layers' weights that do not move are held from the first step on, in SensZOQ 4; what
+    is saved is the plain model with the values that they then have. null leaves them as they are."""
+    rest_group_size: Integer = Field(default=64, ge=2)
+    """So many of them share a scale and an offset."""
 
 
 class SparseMeZO(Optimizer):
@@ -44,7 +54,11 @@ class SparseMeZO(Optimizer):
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.zeroth.optimizer import SparseZerothOrder
+        from ftune.zeroth.rest import Rest
 
+        if options.rest_bits and options.density == 1:
+            what, fix = "rest_bits: with density 1 no weight rests", "set a density below 1, or leave rest_bits out"
+            raise RecipeError(Problem("zeroth-order-rest", what, fix=fix))
         return SparseZerothOrder(
             groups,
             learning_rate=learning_rate,
@@ -54,6 +68,8 @@ class SparseMeZO(Optimizer):
             calibration_batches=options.calibration_batches,
             scope=options.scope,
             setting=setting,
+            rest=Rest(options.rest_bits, options.rest_group_size) if options.rest_bits else None,
+            mask=expanded(Path(options.mask)) if options.mask else None,
         )
 
 

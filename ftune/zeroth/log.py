@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ import torch
 
 from ftune.errors import Problem, RunError
 from ftune.fused.rounding import Kind
+from ftune.zeroth.rest import Rest
 
 NAME = "zeroth_order.log"
 CHOSEN = "zeroth_order.safetensors"
 """Beside the log, where not all entries move: which ones do, flat places by the weight's name."""
-VERSION = 1
+VERSION = 2
 _ENTRY = struct.Struct("<Iff")
 
 
@@ -33,6 +35,8 @@ class Header:
     names: tuple[str, ...]
     decays: tuple[float, ...]
     sparse: bool = False
+    rest: Rest | None = None
+    """How the entries that never move were held, where not as the model has them."""
     first_step: int = 0
     version: int = VERSION
 
@@ -106,6 +110,23 @@ def read_chosen(directory: Path, header: Header) -> list[torch.Tensor | None]:
     return [found.get(name) for name in header.names]
 
 
+def chosen_by(directory: Path, names: tuple[str, ...], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the entries that an earlier run chose, for weights of these names.
+
+    Raises RunError where the directory holds no choice, or one for other weights.
+    """
+    header, _ = _header(directory / NAME)
+    found = dict(zip(header.names, read_chosen(directory, header), strict=True))
+    for name, weight in zip(names, weights, strict=True):
+        places = found.get(name)
+        if places is None or (len(places) and int(places[-1]) >= weight.numel()):
+            what = f"the run `{directory}` chose no entries of `{name}`"
+            why = "it trained other weights, or all entries of them"
+            fix = "name a run of sparse_mezo on the same model and tuning, or leave `mask` out"
+            raise RunError(Problem("zeroth-order-mask", what, why=why, fix=fix))
+    return [found[name].to(weight.device) for name, weight in zip(names, weights, strict=True)]
+
+
 def read(directory: Path) -> tuple[Header, tuple[Entry, ...]]:
     """Return a run's log; half an entry, which a killed run may leave, is left out. Raises RunError."""
     path = directory / NAME
@@ -121,7 +142,9 @@ def _header(path: Path) -> tuple[Header, int]:
         with path.open("rb") as lines:
             line = lines.readline()
         values = json.loads(line)
-        header = Header(**{**values, "names": tuple(values["names"]), "decays": tuple(values["decays"])})
+        rest = None if values["rest"] is None else Rest(**values["rest"])
+        values |= {"names": tuple(values["names"]), "decays": tuple(values["decays"]), "rest": rest}
+        header = Header(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, str(error).split("\n", maxsplit=1)[0]) from None
     if header.version != VERSION:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from ftune.fused.rounding import Kind
 from ftune.plugin import Setting
 from ftune.zeroth.calibration import Scope, most_sensitive
 from ftune.zeroth.entries import InPlace
-from ftune.zeroth.log import Entry, Header, Writer, float32
+from ftune.zeroth.log import Entry, Header, Writer, chosen_by, float32
 from ftune.zeroth.modules import ThroughModules
 from ftune.zeroth.points import Points, step_seed
+from ftune.zeroth.rest import DenseAndSparse, Rest, layers_to_quantise
 
 _OWN = "zeroth_order"
 """Its key in the state dict."""
@@ -45,6 +47,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self._decays = [float(group["weight_decay"]) for group in self.param_groups for _ in group["params"]]
         self._eps, self._seed, self._clip = eps, setting.seed, setting.max_grad_norm
         self._points = Points(rounding)
+        self._model = setting.model
+        named = {id(weight): name for name, weight in setting.model.named_parameters()}
+        self._names = tuple(named[id(weight)] for weight in self._weights)
         self._site = self._make_site(setting.model)
         self.steps = self.skipped = 0
         self.grad_norm = 0.0
@@ -58,17 +63,20 @@ class ZerothOrder(torch.optim.Optimizer):
     def _make_log(self, setting: Setting, rounding: Kind) -> Writer | None:
         if setting.directory is None or _rank() != 0:
             return None
-        named = {id(weight): name for name, weight in setting.model.named_parameters()}
-        names = tuple(named[id(weight)] for weight in self._weights)
-        return Writer(setting.directory, Header(rounding, names, tuple(self._decays), self._is_sparse))
+        return Writer(setting.directory, self._header(rounding))
+
+    def _header(self, rounding: Kind) -> Header:
+        return Header(rounding, self._names, tuple(self._decays))
 
     @property
     def _chosen(self) -> list[torch.Tensor | None]:
+        """Which entries of each weight move, as flat places in what the model holds; None where all of them do."""
         return self._site.chosen if isinstance(self._site, InPlace) else [None] * len(self._weights)
 
     @property
-    def _is_sparse(self) -> bool:
-        return False
+    def _places(self) -> list[torch.Tensor | None]:
+        """The same as flat places in the weights that the run began with."""
+        return self._chosen
 
     @torch.no_grad()
     def learn(self, loss_of: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -128,7 +136,7 @@ class ZerothOrder(torch.optim.Optimizer):
                     decay=decay,
                 )
         if self._log is not None:
-            self._log.append(self.steps, entry, self._chosen)
+            self._log.append(self.steps, entry, self._places)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,7 +155,11 @@ class ZerothOrder(torch.optim.Optimizer):
 
 
 class SparseZerothOrder(ZerothOrder):
-    """The same over the entries whose squared gradients are largest, which never change after the first step."""
+    """The same over the entries whose squared gradients are largest, which never change after the first step.
+
+    With `rest`, the other entries of linear layers are held in few bits from then on. `mask` is the directory of a run
+    whose choice is taken.
+    """
 
     def __init__(
         self,
@@ -160,18 +172,28 @@ class SparseZerothOrder(ZerothOrder):
         calibration_batches: int,
         scope: Scope,
         setting: Setting,
+        rest: Rest | None = None,
+        mask: Path | None = None,
     ) -> None:
-        self._density, self._scope = density, scope
-        # All entries need no choosing.
-        self.calibration_batches = calibration_batches if density < 1 else 0
+        self._density, self._scope, self._rest, self._mask = density, scope, rest, mask
+        # All entries need no choosing, and a choice that was made no batches.
+        self.calibration_batches = 0 if density == 1 else 1 if mask is not None else calibration_batches
+        self._settled: list[torch.Tensor | None] = []
         super().__init__(groups, learning_rate=learning_rate, eps=eps, rounding=rounding, setting=setting)
 
     @property
     def _is_sparse(self) -> bool:
         return self._density < 1
 
+    def _header(self, rounding: Kind) -> Header:
+        return Header(rounding, self._names, tuple(self._decays), sparse=self._is_sparse, rest=self._rest)
+
     def _make_site(self, model: torch.nn.Module) -> InPlace:
         return InPlace(self._weights, self._points)
+
+    @property
+    def _places(self) -> list[torch.Tensor | None]:
+        return self._settled or self._chosen
 
     def calibrate(self, losses: Callable[[], Iterator[torch.Tensor]]) -> None:
         """Choose the entries that move, from the gradients of some losses; every call of `losses` yields them anew.
@@ -180,9 +202,24 @@ class SparseZerothOrder(ZerothOrder):
         """
         found: list[torch.Tensor] | None = None
         if _rank() == 0:
-            found = most_sensitive(self._weights, losses, density=self._density, scope=self._scope)
-        self._site.chosen[:] = self._shared(found)
+            if self._mask is not None:
+                found = chosen_by(self._mask, self._names, self._weights)
+            else:
+                found = most_sensitive(self._weights, losses, density=self._density, scope=self._scope)
+        self._settle(self._shared(found), {})
+
+    def _settle(self, places: list[torch.Tensor], codes: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Let these entries move, and hold the others in few bits: codes made before, or made now."""
+        self._settled = [*places]
+        self._site.chosen[:] = places
         self.calibration_batches = 0
+        if self._rest is None:
+            return
+        for number, name, linear in [*layers_to_quantise(self._model, self._weights, self._rest)]:
+            known = self._rest.codes_of(codes[number], linear) if codes else None
+            made = known or self._rest.codes(linear.weight, places[number])
+            self._model.set_submodule(name, DenseAndSparse(linear, places[number], made))
+            self._site.chosen[number] = None
 
     def _shared(self, found: list[torch.Tensor] | None) -> list[torch.Tensor]:
         if not (distributed.is_available() and distributed.is_initialized()):
@@ -205,16 +242,18 @@ class SparseZerothOrder(ZerothOrder):
         return super().learn(loss_of)
 
     def _own_state(self) -> dict[str, Any]:
-        known = self._is_sparse and not self.calibration_batches
-        return {**super()._own_state(), "chosen": list(self._chosen) if known else []}
+        codes = {}
+        if self._rest is not None:
+            numbers = {id(weight): number for number, weight in enumerate(self._weights)}
+            layers = [module for module in self._model.modules() if isinstance(module, DenseAndSparse)]
+            codes = {numbers[id(layer.weight)]: self._rest.state(layer.codes) for layer in layers}
+        return {**super()._own_state(), "chosen": list(self._settled), "codes": codes}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         super()._load_own_state(state)
         if state["chosen"]:
-            self._site.chosen[:] = [
-                places.to(weight.device) for places, weight in zip(state["chosen"], self._weights, strict=True)
-            ]
-            self.calibration_batches = 0
+            places = [each.to(weight.device) for each, weight in zip(state["chosen"], self._weights, strict=True)]
+            self._settle(places, state["codes"])
 
 
 def _rank() -> int:

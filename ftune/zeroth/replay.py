@@ -9,6 +9,7 @@ import torch
 from ftune.errors import Problem, RunError
 from ftune.zeroth.log import read, read_chosen
 from ftune.zeroth.points import Points
+from ftune.zeroth.rest import Rest, assembled, layers_to_quantise
 
 
 @torch.no_grad()
@@ -35,6 +36,10 @@ def replay(model: torch.nn.Module, directory: Path, steps: int | None = None) ->
         None if places is None else places.to(weight.device)
         for places, weight in zip(read_chosen(directory, header), weights, strict=True)
     ]
+    if header.rest is not None:
+        parameters = [named[name] for name in header.names]
+        for number, _, linear in layers_to_quantise(model, parameters, header.rest):
+            _round(linear.weight, chosen[number], header.rest)
     points, taken = Points(header.rounding), entries[:steps]
     for entry in taken:
         if not entry.rate:
@@ -50,6 +55,13 @@ def replay(model: torch.nn.Module, directory: Path, steps: int | None = None) ->
                 decay=decay,
             )
     return len(taken)
+
+
+def _round(weight: torch.Tensor, places: torch.Tensor | None, rest: Rest) -> None:
+    """Give a weight the values that it had while all but some of its entries were held in few bits."""
+    assert places is not None
+    values = weight.data.view(-1)[places.long()]
+    weight.data.copy_(assembled(rest.codes(weight, places), places, values))
 
 
 def _refused(what: str, why: str) -> RunError:
