@@ -49,8 +49,18 @@ class SparseMeZO(Optimizer):
     Options = SparseMeZOOptions
 
     def state_bytes(self, tensor: TrainedTensor, options: Any) -> float:
-        """Return the bytes of a number for each weight that moves; where all do, none is needed."""
-        return 4 * options.density * tensor.elements if options.density < 1 else 0.0
+        """Return the bytes of a number for each weight that moves, and of the codes of a layer whose rest has some.
+
+        Where all weights move, no numbers are needed.
+        """
+        if options.density == 1:
+            return 0.0
+        codes = 0.0
+        if options.rest_bits is not None and len(tensor.shape) == 2 and tensor.hidden:
+            rows, columns = tensor.shape
+            # A scale and an offset in float32 for each group.
+            codes = rows * (columns * options.rest_bits / 8 + 8 * columns / options.rest_group_size)
+        return float(4 * options.density * tensor.elements + codes)
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
         from ftune.zeroth.optimizer import SparseZerothOrder
