@@ -120,3 +120,12 @@ def test_every_tuning(
             ftune.train(values)
         return
     compare(values, monkeypatch)
+
+
+@pytest.mark.slow
+def test_codes_of_weights_that_rest(
+    tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = values_of(tiny_model, rows, tmp_path / "run", "sparse_mezo", "float32", {})
+    values["training"]["optim_args"] = {**OPTIONS["sparse_mezo"], "rest_bits": 4, "rest_group_size": 16}
+    compare(values, monkeypatch)
