@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -52,8 +54,10 @@ def rebuild(run_directory: Path, output: Path, *, steps: int | None = None, say:
     say("loading the initial model")
     model = load_model(recipe.model, device_type=spec.device_type, say=say)
     set_seed(recipe.training.seed)  # an adapter begins with what the run's seed drew
+    tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
+    model = tuning.prepare(model, options, directory=run_directory, batches=_no_rows, say=say)
     with quiet():
-        model = plugin.tuning(recipe.tuning.method).apply(model, recipe.tuning.options)
+        model = tuning.apply(model, options)
     model.to(next(model.parameters()).device)
     wanted = steps if steps is not None else _last(run_directory, spec)
     say("replaying the log")
@@ -61,6 +65,7 @@ def rebuild(run_directory: Path, output: Path, *, steps: int | None = None, say:
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     try:
         with quiet(), rundir.new_directory(output.resolve()) as folder:
+            tuning.save_beside(folder, run_directory)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             golden.write(folder, tokenizer, plain=reads_plain_text(recipe.data))
@@ -81,3 +86,9 @@ def _last(run_directory: Path, spec: RunSpec) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return int(best.rpartition("-")[2]) if best else None
+
+
+def _no_rows(count: int) -> Iterable[dict[str, Any]]:
+    what = "the run cannot be rebuilt without what was made of its base before the first step"
+    fix = f"restore {rundir.CODES} in the run directory"
+    raise RunError(Problem("codes-damaged", what, why="its training rows are not at hand", fix=fix))

@@ -16,7 +16,7 @@ import yaml
 from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
 
 import ftune
-from ftune import export
+from ftune import export, rebuild
 from ftune.errors import RecipeError, RunError
 from ftune.machine import probe
 from ftune.models.finished import load_finished, of_folder, of_run
@@ -184,6 +184,19 @@ def test_checkpointed_activations_change_nothing(tiny_model: Path, rows: Path, t
         values = recipe(tiny_model, rows, tmp_path / str(checkpointing), tuning=TUNING, training=training)
         found.append(losses(ftune.train(values).directory))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_forward_only_run_is_rebuilt_upon_its_own_codes(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    tuning = {**TUNING, "fit": "gptq", "calibration_rows": 4}
+    training = {"optim": "mezo", "max_steps": 3}
+    values = recipe(tiny_model, rows, tmp_path / "run", tuning=tuning, training=training)
+    trained = Path(ftune.train(values).directory)
+    rebuild.rebuild(trained, tmp_path / "rebuilt")
+    found = load_finished(of_folder(tmp_path / "rebuilt"))
+    assert torch.equal(logits(found), logits(load_finished(of_run(trained))))
+    (trained / "codes.safetensors").unlink()
+    with pytest.raises(RunError, match="cannot be rebuilt"):
+        rebuild.rebuild(trained, tmp_path / "again")
 
 
 def test_some_layers_have_an_adapter_and_all_are_quantised(tiny_model: Path, rows: Path, tmp_path: Path) -> None:

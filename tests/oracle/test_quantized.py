@@ -152,6 +152,8 @@ def test_gptq_passes_over_inputs_that_never_were() -> None:
     assert torch.isfinite(error).all()
     spread = fit_minmax(weight, 4, 32).scale[:, 0]
     assert (error[:, 3] <= 2 * spread).all()
+    unseen = fit_gptq(weight, 4, 32, hessian=torch.zeros(64, 64))  # an expert that no row reached
+    assert torch.equal(unseen.packed, fit_minmax(weight, 4, 32).packed)
     with pytest.raises(RunError, match="inputs of a layer are not numbers"):
         fit_gptq(weight, 4, 32, hessian=torch.full((64, 64), torch.nan))
 
