@@ -25,7 +25,7 @@ def quiet_hub() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers, the hub's client, bitsandbytes and torchao inside the block, and put everything back after it."""
+    """Silence transformers, the hub client, bitsandbytes and torchao inside, and put everything back after it."""
     from logging import ERROR, getLogger
 
     from transformers.utils import logging
