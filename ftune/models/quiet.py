@@ -25,23 +25,25 @@ def quiet_hub() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers, the hub's client and bitsandbytes inside the block, and put everything back after it."""
+    """Silence transformers, the hub client, bitsandbytes and torchao inside, and put everything back after it."""
     from logging import ERROR, getLogger
 
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    kernels = getLogger("bitsandbytes")  # says at its import, which peft causes, that an optional kernel is absent
-    level = kernels.level
+    # They say at their import, which peft causes, that optional kernels are absent.
+    loggers = {logger: logger.level for logger in map(getLogger, ("bitsandbytes", "torchao", "torch.utils._pytree"))}
     with quiet_hub(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        kernels.setLevel(ERROR)
+        for logger in loggers:
+            logger.setLevel(ERROR)
         try:
             yield
         finally:
-            kernels.setLevel(level)
+            for logger, level in loggers.items():
+                logger.setLevel(level)
             logging.set_verbosity(verbosity)
             if had_bars:
                 logging.enable_progress_bar()

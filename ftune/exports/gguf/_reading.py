@@ -23,21 +23,27 @@ from ftune.weights.skeleton import skeleton
 def computing(source: Any, folder: Path) -> Iterator[tuple[Any, str]]:
     """Yield the model as the file says, in float32."""
     path = path_in(folder)
-    if source.fits:
+    if source.fits and not _has_biases(source):
         model, _ = gguf.read_model(path)
-        _stretch(model, source, path)
+        _stretch(model, path)
         yield model.eval(), "in memory"
         return
     with computing_layerwise(_Read(path, str(source.folder))) as model:
         yield model, "layer by layer"
 
 
-def _stretch(model: Any, source: Any, path: Path) -> None:
-    """Divide the rotary frequencies by the file's factors as llama.cpp does: transformers' reader passes over them."""
-    if _architecture.rope_factors(_architecture.config_of(source)) is None:
-        return
-    found = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == _architecture.ROPE_FACTORS)
-    model.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(found.data))
+def _has_biases(source: Any) -> bool:
+    """Return whether a Llama has biases, which llama.cpp takes and transformers' reader leaves out."""
+    config = _architecture.config_of(source)
+    return bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
+
+
+def _stretch(model: Any, path: Path) -> None:
+    """Divide the rotary frequencies as the file says and llama.cpp does: transformers' reader passes over it."""
+    reader = GGUFReader(path)
+    factor = next((field.contents() for name, field in reader.fields.items() if name.endswith("scaling.factor")), 1.0)
+    each = [torch.from_numpy(np.array(one.data)) for one in reader.tensors if one.name == _architecture.ROPE_FACTORS]
+    model.model.rotary_emb.inv_freq /= each[0] if each else factor
 
 
 class _Read:
