@@ -115,8 +115,7 @@ def test_the_command(home: Path, tmp_path: Path, ftune: Callable[..., Any]) -> N
     answer = ftune("export", home / "full", "--format", "safetensors", "--output", tmp_path / "out")
     assert answer.returncode == 0, answer.stderr
     assert "beside the run on 4 prompts: largest logit difference 0, mean KL 0 (allowed: 0.001" in answer.stdout
-    assert "asking the run's model, in memory
-" in answer.stderr
+    assert "asking the run's model, in memory\n" in answer.stderr
     wrong = ftune("export", home / "full", "--format", "safetensor", "--output", tmp_path / "other")
     assert wrong.returncode == 2
     assert "did you mean `safetensors`?" in wrong.stderr
