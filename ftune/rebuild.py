@@ -12,11 +12,9 @@ import torch
 from transformers import set_seed
 
 from ftune import export, plugin, rundir
-from ftune.data.detect import reads_plain_text
 from ftune.data.template import use_template_file
 from ftune.errors import MachineError, Problem, RunError
-from ftune.models import golden
-from ftune.models.finished import spec_of
+from ftune.models.finished import spec_of, write_finished
 from ftune.models.load import load_model, load_tokenizer
 from ftune.models.quiet import quiet
 from ftune.models.source import Say, silent
@@ -52,9 +50,13 @@ def rebuild(run_directory: Path, output: Path, *, steps: int | None = None, say:
     if recipe.data.chat_template:
         use_template_file(tokenizer, recipe.data.chat_template)
     say("loading the initial model")
-    model = load_model(recipe.model, device_type=spec.device_type, say=say)
-    set_seed(recipe.training.seed)  # an adapter begins with what the run's seed drew
     tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
+    if tuning.calibration_batches(options):
+        what = "this run's adapter began with directions of its rows, which its log does not hold"
+        raise RunError(Problem("zeroth-order-log", what, fix="use the run's model or one of its checkpoints"))
+    held = tuning.quantization(options)
+    model = load_model(recipe.model, device_type=spec.device_type, say=say, quantization=held)
+    set_seed(recipe.training.seed)  # an adapter begins with what the run's seed drew
     model = tuning.prepare(model, options, directory=run_directory, batches=_no_rows, say=say)
     with quiet():
         model = tuning.apply(model, options)
@@ -65,10 +67,7 @@ def rebuild(run_directory: Path, output: Path, *, steps: int | None = None, say:
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     try:
         with quiet(), rundir.new_directory(output.resolve()) as folder:
-            tuning.save_beside(folder, run_directory)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            golden.write(folder, tokenizer, plain=reads_plain_text(recipe.data))
+            write_finished(tuning.finished(model), tokenizer, recipe, folder, directory=run_directory)
     except OSError as error:
         fix = "make room, or name another --output, and rebuild again"
         problem = Problem("output-unwritable", f"could not write `{output}`; nothing was left", why=str(error), fix=fix)

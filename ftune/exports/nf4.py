@@ -15,8 +15,8 @@ class NF4(Export):
     summary = "The whole model in 4 bits (NF4, double quantisation), rounded after an adapter was folded in."
     needs = ("bitsandbytes",)
     read_by = "plain transformers with bitsandbytes"
-    # Three times what SmolLM2-135M shows, which has more to lose than large models.
-    tolerances: Mapping[str, Tolerance] = dict.fromkeys(("float32", "bfloat16", "float16"), Tolerance("mean KL", 0.6))
+    # Three times what SmolLM2-135M shows (0.8), which loses far more than large models do.
+    tolerances: Mapping[str, Tolerance] = dict.fromkeys(("float32", "bfloat16", "float16"), Tolerance("mean KL", 2.5))
     refuses = "adapters on a base that is itself stored in fewer bits"
 
     def check(self, source: Any) -> None:

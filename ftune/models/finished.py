@@ -12,6 +12,7 @@ from ftune import plugin, rundir
 from ftune.adapters.bits import dequantised
 from ftune.adapters.continued import CONFIG as ADAPTER
 from ftune.adapters.continued import attached
+from ftune.data.detect import reads_plain_text
 from ftune.errors import Problem, RunError
 from ftune.models import fingerprint, golden
 from ftune.models.load import load_model, read_tokenizer
@@ -77,6 +78,18 @@ def of_folder(folder: Path, recipe: Recipe | None = None) -> Finished:
     tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
     rounded = tuning.fits_rounded_base(options)
     return Finished(folder, recipe.model, recipe.model, tuning.quantization(options), rounded)
+
+
+def write_finished(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, *, directory: Path) -> None:
+    """Write what a run ended with: weights or adapter, tokenizer and template, and what tells their base.
+
+    `directory` is the run's.
+    """
+    plugin.tuning(recipe.tuning.method).save(model, folder, directory=directory)
+    tokenizer.save_pretrained(folder)
+    golden.write(folder, tokenizer, plain=reads_plain_text(recipe.data))
+    if (folder / ADAPTER).is_file():
+        fingerprint.write(folder, Path(source_directory(recipe.model)), recipe.model.model_name_or_path)
 
 
 def load_finished(

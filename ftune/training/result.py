@@ -7,12 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftune import plugin, rundir
-from ftune.data.detect import reads_plain_text
 from ftune.errors import Interrupted, Problem
-from ftune.models import fingerprint, golden
-from ftune.models.finished import ADAPTER
+from ftune.models.finished import write_finished
 from ftune.models.quiet import quiet
-from ftune.models.source import source_directory
 from ftune.training import checkpoint
 from ftune.training.meter import peak_memory_bytes
 from ftune.training.progress import Progress
@@ -79,12 +76,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
         model.config.use_cache = True  # the Trainer turns it off, and generating without it is slow
         try:
             with quiet(), rundir.whole_directory(final) as folder:
-                plugin.tuning(trainer.recipe.tuning.method).save(model, folder, directory=trainer.directory)
-                trainer.processing_class.save_pretrained(folder)
-                golden.write(folder, trainer.processing_class, plain=reads_plain_text(trainer.recipe.data))
-                if (folder / ADAPTER).is_file():
-                    base = trainer.recipe.model
-                    fingerprint.write(folder, Path(source_directory(base)), base.model_name_or_path)
+                write_finished(model, trainer.processing_class, trainer.recipe, folder, directory=trainer.directory)
         except Exception as error:
             if checkpoint.out_of_room(error):
                 raise checkpoint.saving_failed(final, error) from None

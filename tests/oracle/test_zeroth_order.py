@@ -660,7 +660,10 @@ class TestRuns:
 
     SETTINGS: dict[str, Any] = {"optim": "mezo", "learning_rate": 1e-4, "weight_decay": 0.1, "max_steps": 6}
 
-    @pytest.mark.parametrize(("tuning", "dtype"), [("full", "bfloat16"), ("lora", "float32")])
+    @pytest.mark.parametrize(
+        ("tuning", "dtype"),
+        [("full", "bfloat16"), ("lora", "float32"), ("qlora", "float32"), ("lora_and_full", "float32")],
+    )
     def test_resumed_and_rebuilt_to_the_same_bits(
         self, tuning: str, dtype: str, tiny_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
