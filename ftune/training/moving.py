@@ -90,15 +90,20 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         tuning, options = plugin.tuning(self.recipe.tuning.method), self.recipe.tuning.options
         beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
         decayed = set(self.get_decay_parameter_names(self.model))
-        groups: dict[tuple[bool, float, float], list[torch.Tensor]] = {}
+        groups: dict[tuple[bool, bool, bool, float], list[torch.Tensor]] = {}
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
                 rate = tuning.learning_rate_of(name, weight, own, options)
-                decay = training.weight_decay if name in decayed else 0.0
-                groups.setdefault((id(weight) in beside, rate, decay), []).append(weight)
+                key = (rate != own, id(weight) in beside, name not in decayed, rate)
+                groups.setdefault(key, []).append(weight)
         return [
-            {"params": weights, "weight_decay": decay, "adapter": adapter, **({} if rate == own else {"lr": rate})}
-            for (adapter, rate, decay), weights in sorted(groups.items(), key=lambda group: group[0][1] != own)
+            {
+                "params": weights,
+                "weight_decay": 0.0 if spared else training.weight_decay,
+                "adapter": adapter,
+                **({"lr": rate} if other else {}),
+            }
+            for (other, adapter, spared, rate), weights in sorted(groups.items(), key=lambda group: group[0])
         ]
 
     @property

@@ -354,7 +354,8 @@ class FtuneTrainer(MovingTrainer):
     def saved_bytes(self) -> tuple[int, int]:
         """Return about how many bytes a checkpoint and the final model take on the disk."""
         tuning = plugin.tuning(self.recipe.tuning.method)
-        weights = checkpoint.tensor_bytes(self.trained if tuning.has_adapter else list(self.model.parameters()))
+        kept = _adapter_tensors(self.model) if tuning.has_adapter else list(self.model.parameters())
+        weights = checkpoint.tensor_bytes(kept)
         ends = {id(weight) for weight in end_weights(self.model)}
         embeddings = {id(weight) for weight in embedding_weights(self.model)}
         beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
@@ -373,6 +374,13 @@ class FtuneTrainer(MovingTrainer):
 
         state = tuning.state_bytes(self.model, self.trained, of, self.recipe.tuning.options)
         return weights + int(state), weights
+
+
+def _adapter_tensors(model: Any) -> list[torch.Tensor]:
+    """Return what is saved of an adapter: more than its trained weights, where it has fixed or repeated ones."""
+    from peft import get_peft_model_state_dict
+
+    return list(get_peft_model_state_dict(model).values())
 
 
 def _told_apart(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -26,6 +26,9 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "hift": {"mixed": True},
     "lisa": {"activated_layers": 1},
     "badam": {},
+    "qlora": {"r": 4},
+    "qalora": {"r": 4, "group_size": 16, "fit": "minmax"},
+    "vera": {"r": 16},
 }
 ONE_OF_EACH = ["adamw_torch", "adamw_8bit", "adafactor", "sgd", "galore_adamw", "lomo", "adalomo"]
 """For each kind of state: of the weights' dtype, in blocks, in factors, as options say, projected, and by the group."""
