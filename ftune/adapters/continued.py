@@ -9,6 +9,7 @@ from typing import Any
 from ftune.errors import Problem, RecipeError, RunError
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def continued(model: Any, folder: str, kind: str) -> Any:
@@ -21,6 +22,11 @@ def continued(model: Any, folder: str, kind: str) -> Any:
     if not (Path(folder) / CONFIG).is_file():
         what = f"tuning.adapter: `{folder}` holds no {CONFIG}"
         raise RecipeError(Problem("adapter-folder", what, fix="name a folder that PEFT's save_pretrained wrote"))
+    if not (Path(folder) / WEIGHTS).is_file():
+        what = f"tuning.adapter: `{folder}` holds no {WEIGHTS}"
+        why = "a Python pickle, the other form of an adapter, can run any code when it is read"
+        fix = "if you trust its author, load it with peft and save it again, which writes safetensors"
+        raise RecipeError(Problem("adapter-folder", what, why=why, fix=fix))
     config = PeftConfig.from_pretrained(folder)
     if config.peft_type != kind:
         what = f"tuning.adapter: `{folder}` holds an adapter of another method, {config.peft_type.value}"

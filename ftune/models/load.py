@@ -15,7 +15,16 @@ from ftune.errors import FtuneError, MachineError, Problem, RecipeError, RunErro
 from ftune.models.checks import check_causal, check_remote_code
 from ftune.models.few_bits import load_codes
 from ftune.models.quiet import quiet
-from ftune.models.source import Say, check_weights, config_of, damaged, public_name, silent, source_directory
+from ftune.models.source import (
+    Say,
+    check_weights,
+    config_of,
+    damaged,
+    public_name,
+    refuse_pickles,
+    silent,
+    source_directory,
+)
 from ftune.recipe.schema import Model
 
 HARMLESS_EXTRAS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
@@ -67,6 +76,8 @@ def load_model(
     name = model.model_name_or_path
     folder = source_directory(model, say)
     check_remote_code(config_of(Path(folder), name), name, trusted=model.trust_remote_code)
+    if not model.trust_remote_code:
+        refuse_pickles(Path(folder), name)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(

@@ -120,7 +120,8 @@ def refuse_pickles(folder: Path, name: str) -> None:
     if found:
         what = f"the weights of `{name}` are a Python pickle: {', '.join(found[:3])}"
         why = "a pickle can run any code when it is read"
-        fix = "if you trust its author, load it with transformers or peft and save it again: that writes safetensors"
+        fix = "if you trust its author, load it with transformers or peft and save it again, which writes safetensors; "
+        fix += "or train on it as it is with model.trust_remote_code: true"
         raise RunError(Problem("pickle-weights", what, why=why, fix=fix))
 
 

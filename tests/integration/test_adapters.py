@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from training_runs import EVALUATION, losses, recipe, rows_file, same_bits, weights
 
 import ftune
@@ -270,6 +273,16 @@ class TestGoingOn:
         spec = json.loads((tmp_path / "run" / "run.json").read_text())
         assert spec["recipe"]["tuning"]["r"] == 4
         assert spec["recipe"]["tuning"]["rank_pattern"]
+
+    def test_a_pickled_one_is_refused(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+        adapted = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+        get_peft_model(make_model(), adapted).save_pretrained(tmp_path / "adapter")
+        stored = tmp_path / "adapter" / "adapter_model.safetensors"
+        torch.save(load_file(stored), stored.with_suffix(".bin"))
+        stored.unlink()
+        tuning = {"method": "lora", "adapter": str(tmp_path / "adapter")}
+        with pytest.raises(RecipeError, match=r"holds no adapter_model\.safetensors"):
+            ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=tuning))
 
     def test_to_the_same_bits_after_a_stop(self, trained: Any, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
         tuning = {"method": "lora", "adapter": str(trained("pissa").whole / "model")}

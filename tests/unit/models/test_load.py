@@ -231,3 +231,16 @@ def test_damaged_tokenizer(copied: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_tokenizer(decided(copied))
     assert caught.value.problems[0].rule == "no-tokenizer"
+
+
+def test_pickled_weights_are_read_from_trusted_authors_alone(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    torch.save(stored, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    error = refused(folder)
+    assert isinstance(error, RunError)
+    assert error.problems[0].rule == "pickle-weights"
+    assert "pytorch_model.bin" in error.problems[0].what
+    model = load_model(decided(folder, trust_remote_code=True))
+    assert all(torch.equal(weight, stored[name]) for name, weight in model.named_parameters())
