@@ -125,11 +125,31 @@ class Page:
         # The mark may look like a short answer, and thinking may hold the answer too.
         if not content or at < 0 or at != written.rfind(content):
             content_end = self._content_end(index, start, end)
-        if not _says_something(turn, index, self.text[start:content_end], written):
+        if not self._says_something(index, self.text[start:content_end], written):
             return None
         if self.text[content_end:end].strip():
             end = start + len(written.rstrip())
         return Answer(start, end, rewritten=content not in written, opened=opened)
+
+    def _says_something(self, index: int, content: str, written: str) -> bool:
+        """Return whether anything of a turn is written: content, a call or thinking; refuse a call that is left out."""
+        turn = self.turns[index]
+        calls = [call.get("function", call) for call in turn.extra.get("tool_calls") or () if isinstance(call, Mapping)]
+        names = [call["name"] for call in calls if isinstance(call, Mapping) and isinstance(call.get("name"), str)]
+        if lost := [name for name in names if name not in written]:
+            raise RowError(
+                f"the chat template leaves out the call of `{lost[0]}` in turn {index + 1}",
+                "it knows no tools: leave such turns out of the row, or set data.chat_template to one that writes them",
+            )
+        if names or turn.content.strip():
+            return bool(names or content.strip())
+        # Not by looking for the words: the template may write the same ones, as its mark is, for another reason.
+        thoughts = [value for key in _SPEECH if isinstance(value := turn.extra.get(key), str)]
+        silent = replace(turn, extra={key: value for key, value in turn.extra.items() if key not in _SPEECH})
+        return (
+            any(map(str.strip, thoughts))
+            and self.write((*self.turns[:index], silent, *self.turns[index + 1 :]), False) != self.text
+        )
 
     def _content_end(self, index: int, start: int, end: int) -> int:
         turn = self._marked(self.turns[index])
@@ -188,21 +208,6 @@ def is_learned(turn: Turn) -> bool:
 
 def _speaks(turn: Turn) -> bool:
     return any(turn.extra.get(key) for key in _SPEECH)
-
-
-def _says_something(turn: Turn, index: int, content: str, written: str) -> bool:
-    """Return whether anything of a turn is written: content, a call or thinking; refuse a call that is left out."""
-    calls = [call.get("function", call) for call in turn.extra.get("tool_calls") or () if isinstance(call, Mapping)]
-    names = [call["name"] for call in calls if isinstance(call, Mapping) and isinstance(call.get("name"), str)]
-    if lost := [name for name in names if name not in written]:
-        raise RowError(
-            f"the chat template leaves out the call of `{lost[0]}` in turn {index + 1}",
-            "it knows no tools: leave such turns out of the row, or set data.chat_template to one that writes them",
-        )
-    if names or turn.content.strip():
-        return bool(names or content.strip())
-    thoughts = [value.strip() for key in _SPEECH if isinstance(value := turn.extra.get(key), str)]
-    return any(thought and thought in written for thought in thoughts)
 
 
 def _not_found(index: int, turn: Turn) -> RowError:

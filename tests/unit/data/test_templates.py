@@ -141,7 +141,16 @@ def expected_of(family: Family, turns: tuple[Turn, ...]) -> list[str]:
 def _thinks(family: Family, turns: tuple[Turn, ...], index: int) -> bool:
     """Return whether an answer without content is written with what it thought."""
     thought = str(turns[index].extra.get("thinking" if family.name == "gptoss" else "reasoning_content") or "").strip()
-    return bool(thought) and family.name != "deepseek" and thought in family.said(turns, index)
+    silent = (*turns[:index], dataclasses.replace(turns[index], extra={}), *turns[index + 1 :])
+    return bool(thought) and family.said(turns, index) != family.said(silent, index)
+
+
+def test_thinking_that_is_left_out_is_not_found_in_the_mark() -> None:
+    """DeepSeek's template writes no thinking, and ends an empty answer with the mark that this thinking consists of."""
+    family, tokenizer = FAMILIES["deepseek"], tokenizer_of("deepseek", "bytes")
+    for mark in family.marks:
+        turns = (Turn("user", ""), Turn("assistant", "", extra={"reasoning_content": mark}))
+        assert learned(tokenizer, encoded(tokenizer, Conversation(turns=turns))) == []
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
