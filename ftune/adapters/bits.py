@@ -56,13 +56,3 @@ def count(weight: torch.Tensor) -> int:
     """Return how many weights a tensor stands for: of 4 bits each, it holds several in one element."""
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else state.shape.numel()
-
-
-def stored_bits(module: torch.nn.Module) -> float:
-    """Return the bits in which a 4-bit layer's weights are stored, scales and all, for each of them."""
-    weight: Any = module.weight
-    state = weight.quant_state
-    tensors = [weight.data, state.absmax]
-    if state.nested:
-        tensors.append(state.state2.absmax)
-    return 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors) / count(weight)

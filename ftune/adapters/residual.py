@@ -29,7 +29,7 @@ def check(model: Any, start: Any, options: AdapterOptions) -> None:
         what, why = f"{start} needs unquantised weights", "it takes a part out of them, and the rest is no longer codes"
     elif options.use_dora:
         what, why = f"{start} does not go with use_dora", "DoRA's magnitudes would be those of what is left of W"
-    elif model.__class__.__name__ and any(type(module).__name__ == "Conv1D" for module in model.modules()):
+    elif any(type(module).__name__ == "Conv1D" for module in model.modules()):
         what, why = f"{start} does not go with this model", "PEFT takes its layers' weights for transposed ones"
     if what:
         raise RecipeError(Problem("lora-options", what, why=why, fix="set init_lora_weights: true"))

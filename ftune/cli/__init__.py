@@ -1,7 +1,6 @@
 """The Typer app: the commands in help order, and what happens to an error."""
 
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -58,19 +57,14 @@ for command in _COMMANDS:
     app.command()(_interruptible(command))
 
 
-def _hush() -> None:
-    """Keep libraries from saying at their import that optional kernels are absent; whoever imports them first."""
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Run a command; print what a user can mend without a traceback, and save a report of what only we can."""
     from ftune.cli import streams
     from ftune.errors import FtuneError
+    from ftune.models.quiet import hush_imports
 
     streams.make_lasting()
-    _hush()
+    hush_imports()
     try:
         app()
     except FtuneError as error:

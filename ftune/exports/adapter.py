@@ -13,7 +13,6 @@ from ftune.weights.tolerances import FLOATS
 class Adapter(Export):
     name = "adapter"
     summary = "The adapter alone, a few megabytes beside its base."
-    folds = False
     read_by = "plain peft, on the same base"
     tolerances = FLOATS
     refuses = "runs that trained the weights themselves"

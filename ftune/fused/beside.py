@@ -12,7 +12,7 @@ import torch
 from ftune.fused.adamw import AdamWRule
 from ftune.fused.rounding import Rounding
 from ftune.fused.rule import Rule
-from ftune.options import AdapterRate
+from ftune.options import AdamOptions, AdapterRate
 
 Groups = list[dict[str, Any]]
 
@@ -21,7 +21,8 @@ class BesideAdapter(Rule):
     """AdamW for groups that say they hold an adapter, by `adapter`; another rule for the rest."""
 
     def __init__(self, rule: Rule) -> None:
-        self.rule, self.adamw = rule, AdamWRule((0.9, 0.999), 1e-8)
+        adam = AdamOptions()
+        self.rule, self.adamw = rule, AdamWRule(adam.betas, adam.eps)
 
     def fresh(self, weight: torch.Tensor) -> dict[str, Any]:
         # Which rule it is, its group says, which comes with the first gradient.

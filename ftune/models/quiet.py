@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
+
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""They say at their import, which peft causes, that optional kernels are absent."""
+
+
+def hush_imports() -> None:
+    """Silence for good what libraries say of themselves, whoever imports them first; imports none of them."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
@@ -26,24 +36,20 @@ def quiet_hub() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers, the hub client, bitsandbytes and torchao inside, and put everything back after it."""
-    from logging import ERROR, getLogger
+    from transformers.utils import logging as spoken
 
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # They say at their import, which peft causes, that optional kernels are absent.
-    loggers = {logger: logger.level for logger in map(getLogger, ("bitsandbytes", "torchao", "torch.utils._pytree"))}
+    verbosity, had_bars = spoken.get_verbosity(), spoken.is_progress_bar_enabled()
+    loggers = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
     with quiet_hub(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        for logger in loggers:
-            logger.setLevel(ERROR)
+        spoken.set_verbosity_error()
+        spoken.disable_progress_bar()
+        hush_imports()
         try:
             yield
         finally:
             for logger, level in loggers.items():
                 logger.setLevel(level)
-            logging.set_verbosity(verbosity)
+            spoken.set_verbosity(verbosity)
             if had_bars:
-                logging.enable_progress_bar()
+                spoken.enable_progress_bar()

@@ -36,8 +36,6 @@ class Export(Plugin):
     `source` is a `ftune.weights.source.Source`: whole weights tensor by tensor (`source.weights`), or the files.
     """
 
-    folds: ClassVar[bool] = True
-    """Whether it holds whole weights, so that an adapter is folded into its base."""
     read_by: ClassVar[str]
     """What reads the result: "plain transformers"."""
     tolerances: ClassVar[Mapping[str, Tolerance]]

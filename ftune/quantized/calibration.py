@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftune.quantized.codes import GroupCodes
 from ftune.quantized.gptq import InputHessian, fit_gptq
 from ftune.quantized.linear import QuantizedLinear
-
-Fit = Callable[[str, torch.Tensor, InputHessian], GroupCodes]
 
 
 @dataclass

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 
 from ftune.models.source import check_weights, damaged, refuse_pickles, weight_files
 
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -12,7 +12,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from ftune.errors import Problem, RunError
-from ftune.weights.files import BYTES, NAMES
+from ftune.weights.files import NAMES
 
 if TYPE_CHECKING:
     from ftune.weights.folded import Weights
@@ -26,7 +26,7 @@ def write_shards(weights: Weights, folder: Path, dtype: str, max_shard_size: str
     Memory: one shard. Raises RunError where a weight does not fit the type's range.
     """
     wanted = NAMES[dtype]
-    sizes = {name: math.prod(weights.shape(name)) * BYTES[wanted] for name in weights.names()}
+    sizes = {name: math.prod(weights.shape(name)) * wanted.itemsize for name in weights.names()}
     split = split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,
