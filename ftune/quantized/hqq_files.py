@@ -12,6 +12,7 @@ the last. With `view_as_float` the same bytes are called numbers of the compute 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -26,8 +27,7 @@ _PACKINGS = {
     8: ("8bit_u8", torch.uint8, 1),
 }
 """For each number of bits its packing: name, words, and codes in a word."""
-_NUMBERS = ("nbits", "group_size", "axis")
-_NEEDED = ("W_q", "scale", "zero", "shape", "packing", *_NUMBERS)
+_NEEDED = ("W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing")
 _QUANTISED = ("quant_scale", "quant_zero")
 _SAYS_NO_MORE = (
     *("view_as_float", "unpack_view_dtype", "compute_dtype", "offload_meta", "encoded_state_dict"),
@@ -53,11 +53,9 @@ def take_hqq(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, GroupCodes], d
 def _codes(name: str, held: dict[str, torch.Tensor]) -> GroupCodes:
     if missing := [part for part in _NEEDED if part not in held]:
         raise damaged_layer(name, f"it has no {', '.join(missing)}")
-    for part, count in (("shape", 2), *((part, 1) for part in _NUMBERS)):
-        if held[part].numel() != count:
-            raise damaged_layer(name, f"its {part} is {held[part].tolist()}")
-    bits, group_size, axis = (held[part].item() for part in _NUMBERS)
-    rows, columns = held["shape"].tolist()
+    (bits,) = _numbers(name, held, "nbits", 1, whole=False)  # hqq has 1.58 bits too
+    (group_size,), (axis,) = (_numbers(name, held, part, 1) for part in ("group_size", "axis"))
+    rows, columns = _numbers(name, held, "shape", 2)
     if min(rows, columns, group_size) < 1:
         raise damaged_layer(name, f"it is a weight of {(rows, columns)} in groups of {group_size}")
     _require_groups_of_inputs(name, held, bits, (rows, columns), group_size, axis)
@@ -65,6 +63,13 @@ def _codes(name: str, held: dict[str, torch.Tensor]) -> GroupCodes:
     scale, zero = (_number_a_group(name, part, held[part], groups).view(rows, -1) for part in ("scale", "zero"))
     codes = _unpacked(name, held, int(bits), groups, group_size)
     return GroupCodes.of(codes.view(rows, columns), scale, -scale * zero, int(bits))
+
+
+def _numbers(name: str, held: dict[str, torch.Tensor], part: str, count: int, *, whole: bool = True) -> list[Any]:
+    numbers = held[part]
+    if numbers.numel() != count or numbers.is_complex() or (whole and numbers.is_floating_point()):
+        raise damaged_layer(name, f"its {part} is {_spoken(numbers)}")
+    return numbers.flatten().tolist()
 
 
 def _require_groups_of_inputs(
@@ -97,15 +102,18 @@ def _require_groups_of_inputs(
 def _number_a_group(name: str, part: str, numbers: torch.Tensor, groups: int) -> torch.Tensor:
     if not numbers.is_floating_point() or numbers.numel() != groups:
         raise damaged_layer(name, f"its {part} is {_spoken(numbers)}, where {groups} groups need a number each")
+    numbers = numbers.float()
     if not numbers.isfinite().all() or (part == "scale" and not numbers.all()):
         raise damaged_layer(name, f"a {part} of it is 0 or no number")
-    return numbers.float()
+    return numbers
 
 
 def _unpacked(name: str, held: dict[str, torch.Tensor], bits: int, groups: int, group_size: int) -> torch.Tensor:
     """Return the uint8 codes (groups, group_size)."""
     packing, dtype, codes_a_word = _PACKINGS[bits]
-    if (said := bytes(held["packing"].tolist()).decode("ascii", "replace")) != packing:
+    letters = held["packing"].flatten()
+    said = bytes(letters.tolist()).decode("ascii", "replace") if letters.dtype == torch.uint8 else _spoken(letters)
+    if said != packing:
         raise damaged_layer(name, f"its {bits} bits are packed as {said}, where hqq packs them as {packing}")
     stored, word_rows = held["W_q"], math.ceil(groups / codes_a_word)
     if stored.nbytes != word_rows * group_size * dtype.itemsize or not (
@@ -113,7 +121,7 @@ def _unpacked(name: str, held: dict[str, torch.Tensor], bits: int, groups: int, 
     ):
         needs = f"{groups} groups of {group_size} codes need {word_rows} rows of {dtype}".replace("torch.", "")
         raise damaged_layer(name, f"its W_q is {_spoken(stored)}, and {needs}")
-    words = stored.contiguous().view(dtype).view(word_rows, group_size)
+    words = stored.flatten().view(dtype).view(word_rows, group_size)
     shifts = range(bits * (codes_a_word - 1), -1, -bits)
     rows = torch.cat([((words >> shift) & (2**bits - 1)).to(torch.uint8) for shift in shifts])
     return rows[:groups]
