@@ -13,12 +13,11 @@ from ftune import rundir
 from ftune.errors import Problem, RecipeError
 from ftune.quantized.codes import GroupCodes
 from ftune.quantized.files import write_codes
+from ftune.quantized.kinds import OWN
 from ftune.quantized.model import codes_of, quantized_layers
 
 REST = "rest.safetensors"
 """Everything but the codes. Not named as transformers looks for it: it would make up the weights that are missing."""
-METHOD = "ftune"
-"""What config.json calls this quantisation."""
 
 
 def save_quantized(model: Any, folder: Path) -> None:
@@ -30,7 +29,7 @@ def save_quantized(model: Any, folder: Path) -> None:
 
     write_codes(folder / rundir.CODES, codes_of(model))
     save_file(_rest(model), folder / REST, metadata={"format": "pt"})
-    _write_config(model, folder, {"quant_method": METHOD})
+    _write_config(model, folder, {"quant_method": OWN})
 
 
 def save_torchao(model: Any, folder: Path) -> None:
