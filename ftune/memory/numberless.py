@@ -7,6 +7,7 @@ finite, every position is learned, no row is padded unless that is said.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -58,10 +59,17 @@ def numberless(fake: FakeTensorMode, *, padded: bool = False) -> Iterator[None]:
     # Else transformers takes a trace for an export, and builds masks that a run does without.
     import_utils.is_fake_tensor = lambda *_: False
     torch.nn.Module._apply = _apply  # type: ignore[method-assign, assignment]
+    # Lists of tensors are one operator for tensors of these types, and one for each tensor of others.
+    modules = [importlib.import_module(name) for name in ("torch.optim.optimizer", "torch.utils._foreach_utils")]
+    by_list = [module._foreach_supported_types for module in modules]
+    for types in by_list:
+        types.append(FakeTensor)
     try:
         with fake, Answers(padded=padded):
             yield
     finally:
+        for types in by_list:
+            types.remove(FakeTensor)
         import_utils.is_fake_tensor = asked
         torch.nn.Module._apply = applied  # type: ignore[method-assign]
 
@@ -73,7 +81,8 @@ def fake_mode() -> FakeTensorMode:
 
 def as_fake(module: torch.nn.Module, fake: FakeTensorMode) -> None:
     """Put fake tensors in the place of a module's tensors on `meta`; those that are shared stay shared."""
-    made: dict[int, torch.Tensor] = {}
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    """With the tensor it stands for, whose address is nobody else's as long as it lives."""
 
     def of(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
@@ -81,8 +90,8 @@ def as_fake(module: torch.nn.Module, fake: FakeTensorMode) -> None:
                 held = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
             if isinstance(tensor, torch.nn.Parameter):
                 held = torch.nn.Parameter(held, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = held
-        return made[id(tensor)]
+            made[id(tensor)] = held, tensor
+        return made[id(tensor)][0]
 
     for part in module.modules():
         for held in (part._parameters, part._buffers):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftune import plugin
 from ftune.adapters.bits import keep_differentiable
-from ftune.memory.numberless import as_fake
+from ftune.memory.numberless import as_fake, numberless
 from ftune.models.quiet import quiet
 from ftune.recipe.schema import Recipe
 
@@ -30,7 +30,8 @@ def skeleton(recipe: Recipe, config: Any, fake: FakeTensorMode) -> Any:
     if quantization is not None:
         from ftune.memory.bits import pack
 
-        pack(model, fake)
+        with numberless(fake), torch.no_grad():
+            pack(model)
     as_fake(model, fake)
     return model
 
@@ -46,7 +47,9 @@ def on_meta(recipe: Recipe, config: Any) -> Any:
     if model.attn_implementation != "auto":
         more["attn_implementation"] = model.attn_implementation
     with quiet(), no_init_weights(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **more)
+        made = AutoModelForCausalLM.from_config(config, **more)
+    made.tie_weights()
+    return made
 
 
 def config_from(values: Mapping[str, Any]) -> Any:

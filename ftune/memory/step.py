@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback
 
 from ftune.data.collate import Collator
-from ftune.memory.tracked import BACKWARD, FORWARD, OPTIMIZER, Tracked
+from ftune.memory.tracked import FORWARD, OPTIMIZER, Tracked
 from ftune.models.quiet import quiet
 from ftune.resolve import RunSpec
 from ftune.training.settings import settings_of
@@ -41,20 +41,20 @@ class Rows(IterableDataset[dict[str, Any]]):
 class Follow(TrainerCallback):  # type: ignore[misc]
     """Tells the tracker where in a step the trainer is."""
 
-    def __init__(self, tracked: Tracked, optimizer: Any) -> None:
-        self._tracked, self._optimizer = tracked, optimizer
+    def __init__(self, tracked: Tracked) -> None:
+        self._tracked = tracked
 
     def on_step_begin(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
         if state.global_step == 1:
             self._tracked.restart(FORWARD)
-        self._tracked.phase = FORWARD
+        self._tracked.enter(FORWARD)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._tracked.phase = OPTIMIZER
+        self._tracked.enter(OPTIMIZER)
 
     def on_step_end(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
         self._tracked.own_survivors()
-        self._tracked.phase = FORWARD
+        self._tracked.enter(FORWARD)
         if state.global_step == 2:
             self._tracked.stop()
 

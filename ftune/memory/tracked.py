@@ -54,7 +54,7 @@ class Tracked(TorchDispatchMode):
 
     def __init__(self, *, opens: bool = True) -> None:
         super().__init__()
-        self.phase = START
+        self._phase, self._after_backward = START, False
         self.live_bytes = self.most_bytes = 0
         self.works = Works()
         self._opened = _kernels_in_python() if opens else {}
@@ -115,7 +115,11 @@ class Tracked(TorchDispatchMode):
         self._log = [(held, held.size_bytes, START, "") for held in self._held.values()]
         self.works = Works()
         self.most_bytes = self.live_bytes
-        self.phase = phase
+        self.enter(phase)
+
+    def enter(self, phase: str) -> None:
+        """Say what comes now."""
+        self._phase, self._after_backward = phase, False
 
     def stop(self) -> None:
         """Note nothing more."""
@@ -156,7 +160,11 @@ class Tracked(TorchDispatchMode):
 
     @property
     def _now(self) -> str:
-        return BACKWARD if torch._C._current_graph_task_id() != -1 else self.phase
+        if torch._C._current_graph_task_id() != -1:
+            self._after_backward = True
+            return BACKWARD
+        # What comes between backward and the next forward prepares the step: norms, clipping.
+        return OPTIMIZER if self._after_backward and self._phase == FORWARD else self._phase
 
     @property
     def _module(self) -> str:
@@ -224,6 +232,8 @@ class Tracked(TorchDispatchMode):
             self.own(Owner.GRADIENT, [weight.grad])
 
     def _enter(self, module: torch.nn.Module, *_: Any) -> None:
+        if not self._running and torch._C._current_graph_task_id() == -1:
+            self._after_backward = False
         self._running.append(self._names.get(id(module), self._running[-1] if self._running else ""))
         self._note_nodes()
 
