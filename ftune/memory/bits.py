@@ -8,15 +8,22 @@ from typing import Any
 import torch
 
 
-def quantised(model: Any, quantization: Mapping[str, Any]) -> None:
+def quantise(model: Any, quantization: Mapping[str, Any]) -> None:
     """Put the library's layers into a model on `meta`, as transformers does before it reads the weights."""
+    from bitsandbytes import nn
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
+    dtype = model.dtype
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**quantization), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear4bit, nn.Linear8bitLt)):
+            # The library makes its layers in float32, and the weights that are read into them are the model's.
+            for tensor in layer.parameters():
+                tensor.data = tensor.data.to(dtype)
 
 
 def pack(model: Any) -> None:

@@ -21,9 +21,9 @@ def skeleton(recipe: Recipe, config: Any, fake: FakeTensorMode) -> Any:
     model = on_meta(recipe, config)
     quantization = tuning.quantization(options)
     if quantization is not None:
-        from ftune.memory.bits import quantised
+        from ftune.memory.bits import quantise
 
-        quantised(model, quantization)
+        quantise(model, quantization)
     keep_differentiable(model)
     with quiet():
         model = tuning.without_numbers(model, options)

@@ -146,7 +146,7 @@ class Tracked(TorchDispatchMode):
         named = named or {}
         if operation in self._opened:
             with self:
-                return operation._op_dk(torch._C.DispatchKey.CPU, *arguments, **named)
+                return operation._op_dk(self._opened[operation], *arguments, **named)
         name = operation.name()
         read = [value for value in tree_leaves((arguments, named)) if isinstance(value, torch.Tensor)]
         for tensor in read:
@@ -305,11 +305,14 @@ def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-def _kernels_in_python() -> set[Any]:
-    found = set()
+def _kernels_in_python() -> dict[Any, Any]:
+    """Return those of the operators that are installed, and the key under which each has its kernel."""
+    found = {}
     for name in _IN_PYTHON:
         namespace, _, operation = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), operation, None)
         if packet is not None:
-            found |= {getattr(packet, overload) for overload in packet.overloads() if overload != "out"}
+            here = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+            keys = torch._C.DispatchKey
+            found[packet.default] = keys.CPU if here else keys.CompositeExplicitAutograd
     return found
