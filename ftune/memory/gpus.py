@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ftune.errors import MachineError, Problem
+from ftune.errors import RecipeError, Problem
 from ftune.machine import Gpu
 
 _GIB = 1024**3
@@ -87,7 +87,7 @@ def _facts(row: Mapping[str, Any]) -> GpuFacts:
 def find_gpu(text: str) -> GpuFacts:
     """Return the GPU of a name (`a100`, `A100-80GB`, `rtx4090`, `4090`) or of a size (`24GiB`, `80GB`: memory alone).
 
-    Raises MachineError for an unknown name, and for one that fits GPUs with different memory.
+    Raises RecipeError for an unknown name, and for one that fits GPUs with different memory.
     """
     size = _size(text)
     if size is not None:
@@ -162,7 +162,7 @@ def _near(wanted: str) -> list[str]:
     return list(dict.fromkeys(_named()[plain].name for plain in near))[:3]
 
 
-def _unclear(what: str, names: list[str]) -> MachineError:
+def _unclear(what: str, names: list[str]) -> RecipeError:
     shown = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
     fix = f"say which: {shown}; " if names else ""
-    return MachineError(Problem("gpu-name", what, fix=f"{fix}a size such as --gpu 24GiB always works"))
+    return RecipeError(Problem("gpu-name", what, fix=f"{fix}a size such as --gpu 24GiB always works"))
