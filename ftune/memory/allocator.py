@@ -7,83 +7,26 @@ functions stand beside what follows them. One stream, no CUDA graphs, no memory 
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-MIB = 1024 * 1024
+from ftune.memory.allocator_settings import UNLIMITED, Settings
 
 _BLOCK = 512
 """Every request is rounded up to this (kMinBlockSize)."""
-_SMALL = MIB
+_SMALL = 1024 * 1024
 """Largest request served from the small pool (kSmallSize)."""
-_SMALL_SEGMENT = 2 * MIB
+_SMALL_SEGMENT = 2 * _SMALL
 """What the small pool asks of CUDA at a time (kSmallBuffer)."""
-_LARGE_FROM = 10 * MIB
+_LARGE_FROM = 10 * _SMALL
 """From here on a request gets a segment of its own size (kMinLargeAlloc)."""
-_ROUND_LARGE = 2 * MIB
+_ROUND_LARGE = 2 * _SMALL
 """Such a segment is rounded up to this (kRoundLarge)."""
 _ADDRESSES = 1 << 50
 """Addresses of an expandable segment; really 9/8 of the GPU's memory, which one segment does not run out of."""
-_UNLIMITED = 1 << 62
 
 
 class OutOfMemory(Exception):  # noqa: N818 (torch.OutOfMemoryError's name)
     """No room for a request, even after all cached segments were given back."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What PYTORCH_ALLOC_CONF (before 2.9: PYTORCH_CUDA_ALLOC_CONF) can say of it."""
-
-    expandable_segments: bool = False
-    """One segment per pool, which grows by pages, in place of many."""
-    max_split_bytes: int = _UNLIMITED
-    """Blocks of this size and more are not split."""
-    max_rounding_bytes: int = 20 * MIB
-    """How much larger than the request such a block may be."""
-    power2_divisions: tuple[int, ...] = (0,) * 16
-    """In how many sizes each doubling is divided, from 1 MiB to 64 GiB; 0 and 1: rounding to 512 B alone."""
-    large_segment_bytes: int = 20 * MIB
-    """Segment for requests of less than 10 MiB, and page of the large pool's expandable segment."""
-
-    @classmethod
-    def parse(cls, text: str) -> Settings:
-        """Read the variable's text; what does not change the bytes is passed over."""
-        found: dict[str, str] = dict(re.findall(r"(\w+)\s*:\s*(\[[^\]]*\]|[^,\[\]]+)", text))
-        given: dict[str, object] = {}
-        if "expandable_segments" in found:
-            given["expandable_segments"] = found["expandable_segments"].strip() == "True"
-        for key, name in (
-            ("max_split_size_mb", "max_split_bytes"),
-            ("max_non_split_rounding_mb", "max_rounding_bytes"),
-            ("large_segment_size_mb", "large_segment_bytes"),
-        ):
-            if key in found:
-                given[name] = int(found[key]) * MIB
-        if "roundup_power2_divisions" in found:
-            given["power2_divisions"] = _divisions(found["roundup_power2_divisions"])
-        return cls(**given)  # type: ignore[arg-type]
-
-
-def _divisions(text: str) -> tuple[int, ...]:
-    """Read `4`, or `[256:1,512:2,>:4]`: divisions from each size in MiB on (parseRoundUpPower2Divisions)."""
-    if not text.startswith("["):
-        return (int(text),) * 16
-    divisions = [0] * 16
-    last = None
-    for limit, count in re.findall(r"(>|\d+)\s*:\s*(\d+)", text):
-        if limit == ">":
-            first = 0 if last is None else last + 1
-            divisions[first:] = [int(count)] * (16 - first)
-        else:
-            place = min(int(limit).bit_length() - 1, 15)
-            first = 0 if last is None else place
-            divisions[first : place + 1] = [int(count)] * (place + 1 - first)
-            last = place
-    return tuple(divisions)
 
 
 class Block:
@@ -141,8 +84,8 @@ class CachingAllocator:
         self, settings: Settings | None = None, capacity_bytes: int | None = None, allowed_bytes: int | None = None
     ) -> None:
         self.settings = settings or Settings()
-        self.capacity = _UNLIMITED if capacity_bytes is None else capacity_bytes
-        self.allowed = _UNLIMITED if allowed_bytes is None else allowed_bytes
+        self.capacity = UNLIMITED if capacity_bytes is None else capacity_bytes
+        self.allowed = UNLIMITED if allowed_bytes is None else allowed_bytes
         self.allocated = self.peak_allocated = 0
         self.reserved = self.peak_reserved = 0
         self.retries = 0
@@ -262,7 +205,7 @@ class CachingAllocator:
     def _give_back_oversize(self, pool: _Pool, size: int) -> bool:
         """Give back blocks too large to be split, enough for the request (release_available_cached_blocks)."""
         limit = self.settings.max_split_bytes
-        if limit == _UNLIMITED or self.settings.expandable_segments:
+        if limit == UNLIMITED or self.settings.expandable_segments:
             return False
         wanted = max(size, limit)
         place = bisect_left(pool.free, (wanted, 0))
@@ -319,7 +262,8 @@ class CachingAllocator:
                 part = part.after  # type: ignore[assignment]
             if room >= size:
                 return block
-        segment = Block(pool, self._addresses(_ADDRESSES), _ADDRESSES, expandable=True, mapped=False)
+        start = -(-self._addresses(_ADDRESSES + pool.page) // pool.page) * pool.page  # pages count from the start
+        segment = Block(pool, start, _ADDRESSES, expandable=True, mapped=False)
         pool.insert(segment)
         return segment
 
@@ -371,67 +315,3 @@ def _link(block: Block, before: Block | None, after: Block | None) -> None:
 def _room(block: Block) -> int:
     following = block.after
     return block.size + (following.size if following is not None and not following.mapped else 0)
-
-
-class Change(Protocol):
-    """What is read of an event of a trace: a storage made (`size_bytes` > 0) or freed (< 0)."""
-
-    @property
-    def storage(self) -> int: ...
-
-    @property
-    def size_bytes(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What a sequence of events came to."""
-
-    peak_allocated_bytes: int
-    """Most bytes in use, with every request rounded up: `torch.cuda.max_memory_allocated`."""
-    peak_reserved_bytes: int
-    """Most bytes taken from CUDA: `torch.cuda.max_memory_reserved`."""
-    peak_at: int
-    """Position of the event with which the most bytes were in use."""
-    retries: int
-    """How often all cached memory was given back to make room, which costs a wait for the GPU each time."""
-    full_at: int | None
-    """Position of the event for which there was no room, and at which the replay ended."""
-
-
-def replay(events: Iterable[Change], settings: Settings | None = None, capacity_bytes: int | None = None) -> Replay:
-    """Do the events in order, up to the first for which there is no room."""
-    allocator = CachingAllocator(settings, capacity_bytes)
-    live: dict[int, Block] = {}
-    peak = peak_at = 0
-    full_at = None
-    for position, event in enumerate(events):
-        if event.size_bytes > 0:
-            try:
-                live[event.storage] = allocator.allocate(event.size_bytes)
-            except OutOfMemory:
-                full_at = position
-                break
-            if allocator.allocated > peak:
-                peak, peak_at = allocator.allocated, position
-        elif event.size_bytes < 0:
-            allocator.free(live.pop(event.storage))
-    return Replay(peak, allocator.peak_reserved, peak_at, allocator.retries, full_at)
-
-
-def least_capacity(events: Sequence[Change], settings: Settings | None = None, step_bytes: int = 2 * MIB) -> int:
-    """Return the least bytes for the allocator with which the events pass, found by halving, to `step_bytes`.
-
-    More room does not always suffice where less did, since what was cached decides what is split; so a capacity above
-    the returned one is not proven to be enough, only likely.
-    """
-    unlimited = replay(events, settings)
-    low = unlimited.peak_allocated_bytes // step_bytes
-    high = -(-unlimited.peak_reserved_bytes // step_bytes)
-    while low < high:
-        middle = (low + high) // 2
-        if replay(events, settings, middle * step_bytes).full_at is None:
-            high = middle
-        else:
-            low = middle + 1
-    return high * step_bytes

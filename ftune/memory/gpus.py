@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ftune.errors import RecipeError, Problem
+from ftune.errors import Problem, RecipeError
 from ftune.machine import Gpu
 
 _GIB = 1024**3

@@ -50,7 +50,7 @@ def find(name: str) -> KnownModel | None:
 
 
 def config_folder(name: str) -> Path:
-    """Return the directory whose config.json describes a model: a folder of this disk, of a package, or the catalogue's.
+    """Return the directory whose config.json describes a model: one on this disk, in a package, or of the catalogue.
 
     Raises RecipeError where there is neither.
     """
