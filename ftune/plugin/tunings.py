@@ -62,6 +62,10 @@ class Tuning(Plugin):
     def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
         """Return the model with exactly the declared weights trainable; `batches` are those it calibrates on."""
 
+    def without_numbers(self, model: Any, options: Any) -> Any:
+        """Return a model on `meta`, which has shapes only, as `prepare` and `apply` leave one with weights."""
+        return self.apply(model, options)
+
     def calibration_batches(self, options: Any) -> int:
         """Return how many batches of training rows `apply` wants to look at."""
         return 0

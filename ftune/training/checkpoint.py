@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from ftune import rundir
 from ftune.digest import sha256_of
 from ftune.errors import MachineError, Problem, RunError
+from ftune.recipe.schema import Training
 from ftune.units import format_bytes
 
 MANIFEST = "manifest.json"
@@ -74,12 +76,24 @@ def prune(directory: Path, *, keep: int | None, best: Path | None) -> None:
             shutil.rmtree(path)
 
 
-def check_room(directory: Path, *, checkpoint_bytes: int, model_bytes: int, keep: int | None, saves: int) -> None:
-    """Raise MachineError where the disk has no room for what the run will write.
+def planned_saves(training: Training, steps: int) -> int:
+    """Return how many checkpoints a run of so many steps writes."""
+    if training.save_strategy == "no":
+        return 0
+    if training.save_strategy == "epoch":
+        return math.ceil(training.num_train_epochs)
+    every = training.save_steps if training.save_steps >= 1 else max(1, steps * training.save_steps)
+    return math.ceil(steps / every)
 
-    While a checkpoint is written the old ones are still there, so one more than `keep` has to fit, and the best one.
-    """
-    count = saves if keep is None else min(saves, keep + 2)
+
+def most_at_once(keep: int | None, saves: int) -> int:
+    """Return how many checkpoints there are at most: while one is written the old ones stay, and so does the best."""
+    return saves if keep is None else min(saves, keep + 2)
+
+
+def check_room(directory: Path, *, checkpoint_bytes: int, model_bytes: int, keep: int | None, saves: int) -> None:
+    """Raise MachineError where the disk has no room for what the run will write."""
+    count = most_at_once(keep, saves)
     needed = count * checkpoint_bytes + model_bytes
     free = shutil.disk_usage(directory).free
     if free >= needed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -132,15 +131,10 @@ def check_room(trainer: FtuneTrainer) -> None:
     """Raise MachineError where the disk cannot hold the checkpoints and the result."""
     training = trainer.recipe.training
     checkpoint_bytes, model_bytes = trainer.saved_bytes()
-    saves = 0
-    if training.save_strategy != "no":
-        steps = trainer.planned_steps()
-        every = training.save_steps if training.save_steps >= 1 else max(1, steps * training.save_steps)
-        saves = math.ceil(training.num_train_epochs) if training.save_strategy == "epoch" else math.ceil(steps / every)
     checkpoint.check_room(
         trainer.directory,
         checkpoint_bytes=checkpoint_bytes,
         model_bytes=model_bytes,
         keep=training.save_total_limit,
-        saves=saves,
+        saves=checkpoint.planned_saves(training, trainer.planned_steps()),
     )

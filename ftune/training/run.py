@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
 from ftune import rundir
 from ftune.data.collate import Collator, padding_id
@@ -22,6 +22,7 @@ from ftune.training.fit import check_lengths, check_packing, check_room, check_v
 from ftune.training.loading import load_base, load_rows, prompts_of, ready, tell
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
+from ftune.training.settings import settings_of
 from ftune.training.trainer import FtuneTrainer, Parts
 
 
@@ -52,7 +53,8 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
         spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
     spec, model = load_base(spec, shown)
     recipe = spec.recipe
-    arguments = _arguments(spec, fresh=checkpoint is None)
+    evaluates = recipe.training.eval_strategy != "no" or recipe.data.eval is not None
+    arguments = settings_of(spec, eval_on_start=checkpoint is None and evaluates)  # a resumed run has had it before
     tell(data, recipe, shown)
     check_lengths(recipe, data, model)
     check_vocabulary(tokenizer, model, data)
@@ -96,22 +98,6 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
             with stop.between_steps():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return finish(trainer, samples, stopped=stop.stopped, wall_seconds=time.perf_counter() - started, shown=shown)
-
-
-def _arguments(spec: RunSpec, *, fresh: bool) -> TrainingArguments:
-    """Return Hugging Face's settings; a resumed run has had its evaluation of before."""
-    home = Path(spec.recipe.training.output_dir)
-    evaluates = spec.recipe.training.eval_strategy != "no" or spec.recipe.data.eval is not None
-    arguments = TrainingArguments(
-        output_dir=str(home / rundir.CHECKPOINTS),
-        eval_on_start=fresh and evaluates,
-        ddp_backend="gloo" if spec.device_type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        log_level="error",
-        **spec.training_arguments,
-    )
-    # With several GPUs and one process Hugging Face would split each batch over all of them (DataParallel).
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,12 @@ class FtuneTrainer(MovingTrainer):
         self.loss_is_scaled_for_ga = True
         self.meter = Meter(self.args.device, _told_apart(parts.sources))
         self.prepare_to_move()
-        self._base = plugin.tuning(self.recipe.tuning.method).fingerprint(self.model)
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    @cached_property
+    def _base(self) -> str | None:
+        """What identifies the weights that are trained upon."""
+        return plugin.tuning(self.recipe.tuning.method).fingerprint(self.model)
 
     def get_train_dataloader(self) -> Any:
         """Return batches of like or bounded length where the recipe asks for them, else the Trainer's random ones."""

@@ -32,6 +32,10 @@ class LoRA(Tuning):
     def takes_from_base(self, options: Any) -> bool:
         return str(options.init_lora_weights).startswith(("pissa", "olora"))
 
+    def without_numbers(self, model: Any, options: Any) -> Any:
+        # Every start ends in the same shapes; some ask the weights for numbers.
+        return self.apply(model, options.model_copy(update={"init_lora_weights": True}))
+
     def calibration_batches(self, options: Any) -> int:
         return options.eva_batches if options.init_lora_weights == "eva" else 0
 

@@ -105,6 +105,15 @@ class QALoRA(Tuning):
         names = matched(model, options, dict(quantized_layers(model)))
         return add_pooled_lora(model, names, options, over=QuantizedLinear)
 
+    def without_numbers(self, model: Any, options: Any) -> Any:
+        from ftune.quantized.minmax import fit_minmax
+        from ftune.quantized.model import linear_layers, quantise, quantized_layers
+
+        if not dict(quantized_layers(model)):
+            # Whatever the fit, its codes, scales and offsets have these shapes.
+            quantise(model, linear_layers(model), lambda weight: fit_minmax(weight, options.bits, options.group_size))
+        return self.apply(model, options)
+
     def fingerprint(self, model: Any) -> str | None:
         from ftune.quantized.files import fingerprint
         from ftune.quantized.model import codes_of

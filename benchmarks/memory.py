@@ -1,0 +1,279 @@
+"""Predicted bytes of a training step beside those of a real one on this machine's CPU.
+
+    python benchmarks/memory.py [--only TEXT] [--out FILE]
+
+Each combination runs in a process of its own, on a small random model: traced without weights from its config.json;
+trained for two steps from its files under the same tracker; and trained again under torch.profiler, whose allocator
+events know nothing of the tracker (they also see what kernels use inside). Prints a Markdown table of the peaks of the
+second step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+HEADS = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160, "max_position_embeddings": 512}
+ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**SMALL, **HEADS, **ENDS, "tie_word_embeddings": False},
+    "qwen3": {**SMALL, **HEADS, **ENDS, "tie_word_embeddings": True},
+    "gemma2": {**SMALL, **HEADS, **ENDS, "sliding_window": 64},
+    "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, **ENDS},
+}
+PRECISIONS = {
+    "float32": {"model": {"dtype": "float32"}, "training": {"bf16": False}},
+    "bf16": {"training": {"bf16": True}},
+    "pure": {"model": {"dtype": "bfloat16"}, "training": {"bf16": False}},
+}
+TUNINGS = {
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "r": 8, "target_modules": "all-linear"},
+    "qlora": {"method": "qlora", "r": 8, "target_modules": "all-linear"},
+    "qalora": {"method": "qalora", "r": 8, "group_size": 32, "fit": "minmax"},
+}
+OPTIMIZERS = ("adamw_torch", "adafactor", "adamw_8bit", "lomo", "adalomo", "adamw_fused_backward", "mezo")
+LENGTH, BATCH = 128, 2
+
+
+def combinations() -> list[dict[str, Any]]:
+    """Return every tuning with every optimizer and every model; the other choices are drawn by chance."""
+    rest = list(itertools.product(PRECISIONS, (False, True), (1, 2)))
+    chance, found = random.Random(1), []
+    for tuning, optimizer in itertools.product(TUNINGS, OPTIMIZERS):
+        for model, (precision, checkpointed, accumulated) in zip(MODELS, chance.sample(rest, len(MODELS)), strict=True):
+            found.append(
+                {
+                    "model": model,
+                    "tuning": tuning,
+                    "optimizer": optimizer,
+                    "precision": precision,
+                    "checkpointed": checkpointed,
+                    "accumulated": accumulated,
+                }
+            )
+    return [one for one in found if _possible(one)]
+
+
+def _possible(one: dict[str, Any]) -> bool:
+    if one["tuning"] == "qalora" and one["model"] == "gpt2":
+        return False  # its layers are no nn.Linear
+    return True
+
+
+def name_of(one: dict[str, Any]) -> str:
+    words = [one["model"], one["tuning"], one["optimizer"], one["precision"]]
+    words += ["ckpt"] * one["checkpointed"] + ["x2"] * (one["accumulated"] == 2)
+    return " ".join(words)
+
+
+def spec_of(one: dict[str, Any], folder: Path) -> Any:
+    """Return the resolved recipe of a combination, over a model and rows made in a folder."""
+    from ftune.machine import probe
+    from ftune.recipe import load
+    from ftune.resolve import resolve
+
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    precision = PRECISIONS[one["precision"]]
+    fused = one["optimizer"] in ("lomo", "adalomo", "adamw_fused_backward")
+    accumulated = {"gradient_accumulation_steps": one["accumulated"]}
+    more = {"optim_args": {"accumulate": "forward"}} if fused and one["accumulated"] > 1 else {}
+    recipe = {
+        "model": {
+            "model_name_or_path": str(folder / "model"),
+            "attn_implementation": "eager" if one["model"] == "gemma2" else "sdpa",
+            **precision.get("model", {}),
+        },
+        "data": {"train": str(rows), "max_length": LENGTH},
+        "tuning": TUNINGS[one["tuning"]],
+        "training": {
+            "output_dir": str(folder / "run"),
+            "per_device_train_batch_size": BATCH,
+            "optim": one["optimizer"],
+            "gradient_checkpointing": one["checkpointed"],
+            "sample_prompts": [],
+            **accumulated,
+            **more,
+            **precision["training"],
+        },
+    }
+    return resolve(load(recipe), probe())
+
+
+def make_model(kind: str, folder: Path) -> dict[str, Any]:
+    """Write a random model and return its config.json."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MODELS[kind]))
+    model.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def loaded(spec: Any) -> Any:
+    """Return the model with its weights, tuned as the recipe says."""
+    from ftune import plugin
+    from ftune.models.load import load_model
+    from ftune.models.quiet import quiet
+
+    recipe = spec.recipe
+    tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
+    model = load_model(recipe.model, device_type="cpu", quantization=tuning.quantization(options))
+    home = Path(recipe.training.output_dir)
+    home.mkdir(exist_ok=True)
+    with quiet():
+        model = tuning.prepare(model, options, directory=home, batches=lambda count: [], say=lambda line: None)
+        return tuning.apply(model, options)
+
+
+def tracked_run(spec: Any) -> Any:
+    """Return the trace of a real step."""
+    from ftune.memory.step import Follow, Rows, two_steps, worst_lengths
+    from ftune.memory.tracked import Tracked
+
+    model = loaded(spec)
+    tracked = Tracked()
+    tracked.follow(model)
+    try:
+        with tracked:
+            rows = Rows(worst_lengths(spec), packed=False)
+            two_steps(spec, model, rows, [lambda trainer: Follow(tracked)])
+    finally:
+        tracked.unfollow()
+    return tracked.trace()
+
+
+def allocator_run(spec: Any) -> int:
+    """Return the peak of a real step by the allocator's events, over what tensors hold when it begins."""
+    import torch
+    from transformers import TrainerCallback
+
+    from ftune.memory.step import Rows, two_steps, worst_lengths
+
+    peaks: list[int] = []
+
+    class Profile(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 1:
+                self.before = live_bytes()
+                self.profile = torch.profiler.profile(
+                    activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+                )
+                self.profile.__enter__()
+
+        def on_step_end(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 2:
+                self.profile.__exit__(None, None, None)
+                changes = [
+                    event.nbytes()
+                    for event in sorted(
+                        self.profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()
+                    )
+                    if event.name() == "[memory]"
+                ]
+                peaks.append(self.before + max(itertools.accumulate(changes)))
+
+    model = loaded(spec)
+    two_steps(spec, model, Rows(worst_lengths(spec), packed=False), [lambda trainer: Profile()])
+    return peaks[0]
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that Python knows."""
+    import torch
+
+    gc.collect()
+    found: dict[int, int] = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and type(value).__name__ != "FakeTensor" and not value.is_meta:
+            for tensor in (value, value.grad) if value.is_leaf else (value,):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
+
+
+def compare(one: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of one combination."""
+    from ftune.errors import FtuneError
+    from ftune.memory.peak import peak
+    from ftune.memory.traced import Asked, traced_here
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            spec = spec_of(one, folder)
+        except FtuneError as error:
+            return {**one, "refused": str(error.problems[0].rule)}
+        config = make_model(one["model"], folder / "model")
+        # First, while no other model is alive: hooks on weights keep one from being freed.
+        allocated = allocator_run(spec)
+        measured, predicted = peak(tracked_run(spec)), peak(traced_here(Asked(spec, config)))
+    return {
+        **one,
+        "predicted_bytes": predicted.size_bytes,
+        "tracked_bytes": measured.size_bytes,
+        "allocator_bytes": allocated,
+        "owners_agree": predicted.by_owner == measured.by_owner,
+        "phase": predicted.phase,
+        "module": predicted.module,
+        "operation": predicted.operation,
+        "owners": {owner.value: size for owner, size in predicted.by_owner.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="combinations whose name has this text")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.jsonl")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(compare(json.loads(options.one))))
+        return
+    print("| combination | predicted MiB | tracked | allocator | peak in |\n|---|---|---|---|---|", flush=True)
+    found = []
+    for one in combinations():
+        if options.only not in name_of(one):
+            continue
+        found.append(_in_a_process(one))
+        print(_row(found[-1]), flush=True)
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
+
+
+def _in_a_process(one: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(one)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        return {**one, "failed": done.stderr.strip().splitlines()[-1][:200]}
+    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def _row(found: dict[str, Any]) -> str:
+    name = name_of(found)
+    if "predicted_bytes" not in found:
+        return f"| {name} | {found.get('refused') or found['failed']} | | | |"
+    predicted = found["predicted_bytes"]
+    apart = [f"{predicted / found[key] - 1:+.3%}" for key in ("tracked_bytes", "allocator_bytes")]
+    owners = "" if found["owners_agree"] else " (owners differ)"
+    return f"| {name} | {predicted / 2**20:.3f} | {apart[0]}{owners} | {apart[1]} | {found['phase']} |"
+
+
+if __name__ == "__main__":
+    main()
