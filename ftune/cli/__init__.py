@@ -8,7 +8,22 @@ from typing import Any
 import typer
 
 from ftune import __version__
-from ftune.cli import chat, check, doctor, explain, export, init, merge, preview, rebuild, report, resume, schema, train
+from ftune.cli import (
+    chat,
+    check,
+    doctor,
+    explain,
+    export,
+    init,
+    merge,
+    plan,
+    preview,
+    rebuild,
+    report,
+    resume,
+    schema,
+    train,
+)
 
 # Plain help is faster, greppable, and safe on pipes that are not UTF-8.
 app = typer.Typer(
@@ -50,7 +65,17 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(init.init, check.check, preview.preview, train.train, resume.resume, chat.chat, merge.merge, export.export),
+    *(
+        init.init,
+        check.check,
+        plan.plan,
+        preview.preview,
+        train.train,
+        resume.resume,
+        chat.chat,
+        merge.merge,
+        export.export,
+    ),
     *(rebuild.rebuild, report.report, explain.explain, schema.schema, doctor.doctor),
 )
 for command in _COMMANDS:

@@ -37,9 +37,7 @@ class Asked:
     """Tokens of each row of a micro-batch; empty for the largest one that the recipe allows."""
 
 
-def trace(
-    spec: RunSpec, config: Mapping[str, Any], *, device: Device = "cpu", lengths: Sequence[int] = ()
-) -> Trace:
+def trace(spec: RunSpec, config: Mapping[str, Any], *, device: Device = "cpu", lengths: Sequence[int] = ()) -> Trace:
     """Return the record of the second training step; raises RunError where this model cannot be traced."""
     import json
 
@@ -89,9 +87,7 @@ def main() -> None:
     import json
 
     values = json.load(sys.stdin)
-    asked = Asked(
-        RunSpec.from_json(values["spec"]), values["config"], values["device"], tuple(values["lengths"])
-    )
+    asked = Asked(RunSpec.from_json(values["spec"]), values["config"], values["device"], tuple(values["lengths"]))
     write(traced_here(asked), Path(sys.argv[1]))
 
 

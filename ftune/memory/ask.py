@@ -1,0 +1,138 @@
+"""From a recipe and the name of a GPU to a plan: what `ftune plan` and `ftune.plan` do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftune.errors import Problem, RecipeError
+from ftune.machine import Gpu, Machine, probe
+from ftune.memory.catalogue import config_folder
+from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
+from ftune.memory.plan import MemoryPlan, planned
+from ftune.memory.traced import trace
+from ftune.places import PACKAGE, expanded
+from ftune.recipe.schema import Model
+from ftune.resolve import RunSpec, examine, raise_errors, resolve
+
+_MODERN = (8, 0)
+"""Capability assumed of a GPU of which only the size is known: Ampere, the first with bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan, and what it is of."""
+
+    spec: RunSpec
+    problems: tuple[Problem, ...]
+    """What is odd about the recipe; no errors."""
+    plan: MemoryPlan
+
+
+def ask(recipe: str | Path | Mapping[str, Any], changes: Sequence[str] = (), *, gpu: str | None = None) -> Planned:
+    """Return the plan of a recipe on a GPU by name or size; else on this machine's, or on its processor.
+
+    Neither weights nor data need be there. Raises RecipeError and MachineError, and RunError for what cannot be traced.
+    """
+    machine, facts = _machine(gpu)
+    loaded, problems = examine(recipe, changes, machine, trains=False)
+    # The rows need not be here: a plan is of the longest that the recipe allows.
+    problems = [problem for problem in problems if not problem.rule.startswith("data-")]
+    raise_errors(problems)
+    assert loaded is not None
+    spec = resolve(loaded, machine, fingerprints=False)
+    return Planned(spec, tuple(problems), plan_of(spec, config_of_model(spec.recipe.model), facts, machine))
+
+
+def plan_of(spec: RunSpec, config: Mapping[str, Any], gpu: GpuFacts | None, machine: Machine) -> MemoryPlan:
+    """Return the plan of a decided run."""
+    traced = trace(spec, config, device=spec.device_type)
+    return planned(spec, traced, gpu, host_capacity_bytes=machine.memory_bytes)
+
+
+def _machine(gpu: str | None) -> tuple[Machine, GpuFacts | None]:
+    """Return the machine that a run is planned for, and what is known of its GPU."""
+    machine = probe()
+    if gpu is None:
+        return machine, of_this_machine(machine.gpus[0]) if machine.gpus else None
+    facts = find_gpu(gpu)
+    capability = facts.capability if facts.has_speed else _MODERN
+    # A plan for another machine does not mind that PyTorch was installed for a processor here.
+    packages = {name: version.partition("+")[0] for name, version in machine.packages.items()}
+    there = dataclasses.replace(
+        machine, gpus=(Gpu(facts.name, facts.memory_bytes, capability),), packages=packages, unknown_device=""
+    )
+    return there, facts
+
+
+def config_of_model(model: Model) -> dict[str, Any]:
+    """Return the model's configuration: of its folder, of its GGUF, of the hub's cache, or of ftune's catalogue.
+
+    Raises RecipeError where there is none, or where the architecture is not one of transformers'.
+    """
+    config = _config(model)
+    _require_known(model.model_name_or_path, config)
+    return config
+
+
+def _config(model: Model) -> dict[str, Any]:
+    from ftune.models.source import config_of, raw_directory
+
+    name = model.model_name_or_path
+    on_disk = name.startswith(PACKAGE) or expanded(name).exists()
+    if on_disk and model.gguf_file is not None:
+        return _of_gguf(Path(raw_directory(model)), model.gguf_file)
+    if on_disk:
+        return config_of(Path(raw_directory(model)), name)
+    cached = _cached(name)
+    return config_of(cached if cached is not None else config_folder(name), name)
+
+
+def _of_gguf(folder: Path, name: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    from ftune.models import gguf
+    from ftune.models.quiet import quiet
+
+    path = gguf.find(folder, name)
+    with quiet():
+        values = AutoConfig.from_pretrained(str(folder), gguf_file=path.name).to_dict()
+    return {key: value for key, value in values.items() if _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _cached(name: str) -> Path | None:
+    """Return the folder of a hub model's config.json in the cache of huggingface_hub, where it is there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _require_known(name: str, config: Mapping[str, Any]) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES:
+        return
+    if "auto_map" in config:
+        what = f"`{name}` brings its own code, and a plan runs none"
+        fix = "train a few steps of it (training.max_steps: 2), and read peak_memory_bytes in result.json"
+        raise RecipeError(Problem("plan-remote-code", what, why=f"transformers has no model of type {kind!r}", fix=fix))
+    what = f"`{name}` is of no architecture that transformers has" if kind else f"`{name}` does not say its model_type"
+    why = f"its config.json says model_type: {kind}" if kind else "its config.json holds none"
+    raise RecipeError(Problem("plan-architecture", what, why=why, fix="look at model_type in its config.json"))
