@@ -7,6 +7,7 @@ The trace runs in a process of its own, `python -m ftune.memory.traced`: it chan
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -64,20 +65,22 @@ def trace(
 
 def traced_here(asked: Asked) -> Trace:
     """Trace in this process, which is then fit for nothing else."""
+    from ftune.memory.cuda import as_on_cuda
     from ftune.memory.numberless import fake_mode, numberless
     from ftune.memory.skeleton import config_from, skeleton
     from ftune.memory.step import Follow, Rows, two_steps, worst_lengths
-    from ftune.memory.tracked import Tracked
+    from ftune.memory.tracked import IN_PYTHON, IN_PYTHON_ON_CUDA, Tracked
 
     recipe = asked.spec.recipe
     lengths = asked.lengths or worst_lengths(asked.spec)
     packed = recipe.data.packing
     fake = fake_mode()
     model = skeleton(recipe, config_from(asked.config), fake)
-    tracked = Tracked(opens=asked.device == "cpu")
+    emulated = as_on_cuda() if asked.device == "cuda" else contextlib.nullcontext()
+    tracked = Tracked(kernels=IN_PYTHON if asked.device == "cpu" else IN_PYTHON_ON_CUDA)
     tracked.follow(model)
     try:
-        with numberless(fake, padded=len(set(lengths)) > 1), tracked:
+        with numberless(fake, padded=len(set(lengths)) > 1), emulated, tracked:
             rows = Rows(lengths, packed=packed)
             two_steps(asked.spec, model, rows, [lambda trainer: Follow(tracked)])
     finally:

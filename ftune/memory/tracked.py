@@ -20,14 +20,16 @@ from ftune.memory.work import Works
 
 START, FORWARD, BACKWARD, OPTIMIZER, EVALUATION = "start", "forward", "backward", "optimizer", "evaluation"
 
-_IN_PYTHON = (
+IN_PYTHON = (
     "bitsandbytes::gemm_4bit",
     "bitsandbytes::int8_mixed_scaled_mm",
     "bitsandbytes::int8_scaled_mm",
     "bitsandbytes::optimizer_update_32bit",
     "bitsandbytes::optimizer_update_8bit_blockwise",
 )
-"""Operators whose kernel for a CPU is itself made of operators; on a GPU each is one kernel."""
+"""Operators whose kernel for a CPU is itself made of operators."""
+IN_PYTHON_ON_CUDA = ("bitsandbytes::gemm_4bit",)
+"""On a GPU the others are one kernel; and so is this one for up to some hundred tokens, which a batch has more of."""
 
 
 @dataclass(slots=True)
@@ -49,15 +51,15 @@ class Tracked(TorchDispatchMode):
     """Notes storages as operators take or make them, until they are freed.
 
     Who owns one is often known only later (a gradient is one once it lies in `.grad`), so that events are written out
-    at the end. `opens` lets it look into kernels that are written in Python.
+    at the end. It looks into `kernels`, which are written in Python.
     """
 
-    def __init__(self, *, opens: bool = True) -> None:
+    def __init__(self, *, kernels: tuple[str, ...] = IN_PYTHON) -> None:
         super().__init__()
         self._phase, self._after_backward = START, False
         self.live_bytes = self.most_bytes = 0
         self.works = Works()
-        self._opened = _kernels_in_python() if opens else {}
+        self._opened = _keys_of(kernels)
         self._held: dict[int, _Held] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._log: list[tuple[_Held, int, str, str]] = []
@@ -305,10 +307,10 @@ def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-def _kernels_in_python() -> dict[Any, Any]:
+def _keys_of(operations: tuple[str, ...]) -> dict[Any, Any]:
     """Return those of the operators that are installed, and the key under which each has its kernel."""
     found = {}
-    for name in _IN_PYTHON:
+    for name in operations:
         namespace, _, operation = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), operation, None)
         if packet is not None:
