@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ftune.memory.events import Event, Owner
-from ftune.memory.replay import Replay
 
 _MIB = 1024 * 1024
 
@@ -86,10 +85,10 @@ class Need:
         return True if memory_bytes >= self.high_bytes else False if memory_bytes < self.low_bytes else None
 
 
-def need(replayed: Replay, capability: tuple[int, int], gpus: int = 1) -> Need:
+def need(allocated_bytes: int, reserved_bytes: int, capability: tuple[int, int], gpus: int = 1) -> Need:
     """Return what a replayed trace takes of a GPU, one of several that are connected by NCCL."""
     context = context_of(capability)
     nccl = _NCCL_MIB if gpus > 1 else (0, 0)
-    low = replayed.peak_allocated_bytes + (context.low_mib + nccl[0]) * _MIB
-    high = replayed.peak_reserved_bytes * (1 + MARGIN) + (context.high_mib + nccl[1]) * _MIB
+    low = allocated_bytes + (context.low_mib + nccl[0]) * _MIB
+    high = reserved_bytes * (1 + MARGIN) + (context.high_mib + nccl[1]) * _MIB
     return Need(low, int(high))
