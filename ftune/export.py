@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import math
 import re
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from ftune.plugin import Conversation, Turn
 from ftune.training import checkpoint
 from ftune.units import format_bytes
 from ftune.weights.source import Source
+from ftune.weights.tolerances import WHOLE
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -52,7 +54,11 @@ class Exported:
     mean_divergence: float
     losses: tuple[float, float]
     """The mean loss of a prompt's token, in nats: said by the run's model, and by what was written."""
-    tolerance: plugin.Tolerance
+    tolerance: plugin.Tolerance | None
+    """Of both; None where they are what rounding costs, which is told and not judged."""
+    folded: float | None
+    """The mean divergence of the whole weights before they were rounded; None where no adapter was folded into them, or
+    nothing was rounded."""
     prompts: int
     computed: tuple[str, str]
     """In which way the run's model and the exported one answered: `in memory` or `layer by layer`."""
@@ -111,16 +117,21 @@ def export(
         inputs = _inputs(source, model)
         before = _logits(model, inputs)
         del model
+    rounds = dtype in form.rounds
+    folded = _folded(source, inputs, before, say) if rounds and source.has_adapter else None
     with _written_whole(output) as partial:
         say(f"writing {form.name} in {dtype}")
         form.write(source, partial, dtype=dtype, max_shard_size=max_shard_size)
         with form.computing(source, partial) as (model, second):
             say(f"asking what was written, {second}")
             after = _logits(model, inputs)
+            if rounds:
+                say("comparing every weight with what it was rounded from")
+                form.check_rounding(source, partial, model, dtype=dtype)
             del model
         difference, divergence = _compared(before, after)
         tolerance = form.tolerances[dtype]
-        _judge(form, tolerance, difference, divergence)
+        _judge(f"the {form.name} files do", tolerance, difference, divergence)
     return Exported(
         directory=output,
         format=form.name,
@@ -129,6 +140,7 @@ def export(
         mean_divergence=divergence,
         losses=(_mean_loss(before, inputs), _mean_loss(after, inputs)),
         tolerance=tolerance,
+        folded=folded,
         prompts=len(inputs),
         computed=(first, second),
         read_by=form.read_by,
@@ -241,10 +253,21 @@ def _compared(before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[fl
     return torch.stack(differences).max().item(), torch.cat(divergences).mean().item()
 
 
-def _judge(form: plugin.Export, tolerance: plugin.Tolerance, difference: float, divergence: float) -> None:
-    if not tolerance.holds(difference, divergence):
-        what = f"the {form.name} files do not say what the run's model says; nothing was kept"
-        why = f"largest logit difference {difference:.3g}, mean KL {divergence:.3g}, allowed: {tolerance}"
+def _folded(source: Source, inputs: list[torch.Tensor], before: list[torch.Tensor], say: Say) -> float:
+    """Return the mean divergence of the whole weights from the run's model; raises RunError where they differ."""
+    say("asking the whole weights, before they are rounded")
+    with source.computing_whole() as model:
+        difference, divergence = _compared(before, _logits(model, inputs))
+        del model
+    _judge("the whole weights, not rounded yet, do", WHOLE, difference, divergence)
+    return divergence
+
+
+def _judge(which: str, tolerance: plugin.Tolerance | None, difference: float, divergence: float) -> None:
+    holds = math.isfinite(difference + divergence) if tolerance is None else tolerance.holds(difference, divergence)
+    if not holds:
+        what = f"{which} not say what the run's model says; nothing was kept"
+        why = f"largest logit difference {difference:.3g}, mean KL {divergence:.3g}, allowed: {tolerance or 'numbers'}"
         fix = "use the run's model/ as it is, and report this with its configuration"
         raise RunError(Problem(rule="export-differs", what=what, why=why, fix=fix))
 

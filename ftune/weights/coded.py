@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ftune import rundir
 from ftune.adapters.pooled import fold_pooled
@@ -12,7 +15,7 @@ from ftune.errors import Problem, RecipeError
 from ftune.quantized.linear import QuantizedLinear
 from ftune.weights.files import NAMES
 from ftune.weights.source import Source
-from ftune.weights.written import write_tokenizer
+from ftune.weights.written import in_type, require_equal, write_tokenizer
 
 
 def check(source: Source) -> None:
@@ -37,3 +40,19 @@ def write(source: Source, folder: Path, dtype: str, save: Callable[[Any, Path], 
     model.config.dtype = NAMES[dtype]
     save(model, folder)
     write_tokenizer(source, folder)
+
+
+def check_rounding(source: Source, model: Any, dtype: str) -> None:
+    """Raise RunError unless a model loaded from what was written has every weight of the whole one.
+
+    Those in codes up to the order of sums, whatever the type of the others, which are in `dtype`.
+    """
+    for name in source.weights.names():
+        whole = source.weights.read(name)
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, QuantizedLinear) and name.endswith(".weight"):
+            require_equal(name, module.codes.dequantise(), whole)
+        elif type(data := attrgetter(name)(model).data) is not torch.Tensor:  # codes in a class of torchao's
+            require_equal(name, data.dequantize(), whole, within=1e-5 * whole.abs().max().item())
+        else:
+            require_equal(name, data, in_type(whole, dtype))

@@ -151,6 +151,21 @@ class Streamed:
             shutil.copyfile(generation, folder / generation.name)
 
 
+class Computable:
+    """Streamed weights as modules take them to compute: whole, since the adapter's modules stay with `weights`."""
+
+    def __init__(self, weights: Streamed) -> None:
+        self.model = self.adapted = skeleton(str(weights.folder))
+        self.parts: dict[str, Any] = {}
+        self.stored = weights.read
+        own = dict(weights.model.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(own[name])
+
+    def part_of(self, _name: str) -> None:
+        return None
+
+
 class InMemory:
     """Weights of a model that is whole in memory."""
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from training_runs import recipe, rows_file
 
 import ftune as package
-from ftune import chat, export, rundir
-from ftune.errors import RecipeError
+from ftune import chat, export, plugin, rundir
+from ftune.adapters.pooled import fold_pooled
+from ftune.errors import RecipeError, RunError
 from ftune.quantized.files import read_codes
 from ftune.quantized.model import codes_of
+from ftune.weights import coded, folded
+from ftune.weights.folded import Streamed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 IDS = [[0, 20, 30, 40, 50, 60]]
@@ -122,6 +126,69 @@ def test_nf4_is_the_sum_rounded_once_and_says_what_it_costs(
     )
     expected = functional.dequantize_4bit(codes, state)
     assert torch.equal(bits.dequantised_weight(written.get_submodule(name)), expected)
+
+
+ONE = "model.layers.1.self_attn.v_proj"
+"""A layer whose adapter is lost: the smallest there is."""
+
+
+@pytest.mark.parametrize("where", ["folding", "writing"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *[("nf4", "float32"), ("nf4", "bfloat16"), ("gguf", "q8_0"), ("gguf", "bfloat16"), ("gguf", "float16")],
+        *[("safetensors", "bfloat16"), ("safetensors", "float16"), ("hub", "bfloat16")],
+    ],
+)
+def test_the_adapter_of_one_layer_is_missed(
+    form: str, dtype: str, where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost while it is folded in, the answers of the whole weights show it; lost later, the weights themselves do."""
+    fold, read = Streamed._fold, Streamed.read
+    if where == "folding":
+        monkeypatch.setattr(
+            Streamed,
+            "_fold",
+            lambda self, part: (
+                {f"{ONE}.weight": self.stored(f"{ONE}.weight").float()} if part.path == ONE else fold(self, part)
+            ),
+        )
+    else:
+        found = type(plugin.export(form))
+        write = found.write
+
+        def lose(*arguments: Any, **options: Any) -> None:
+            with monkeypatch.context() as during:
+                during.setattr(
+                    Streamed, "read", lambda self, name: (self.stored if ONE in name else partial(read, self))(name)
+                )
+                write(*arguments, **options)
+
+        monkeypatch.setattr(found, "write", lose)
+    what = "the whole weights, not rounded yet" if where == "folding" else f"the written `{ONE}.weight` is not"
+    assert_refused(home / "lora", tmp_path, form, dtype, what)
+
+
+@pytest.mark.parametrize("form", ["low_bit", "torchao"])
+@pytest.mark.parametrize("where", ["folding", "writing"])
+def test_the_adapter_of_one_layer_of_codes_is_missed(
+    form: str, where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(model: Any, *, over: type) -> Any:
+        model.get_submodule(f"base_model.model.{ONE}").lora_B["default"].weight.data.zero_()
+        return fold_pooled(model, over=over)
+
+    monkeypatch.setattr(folded if where == "folding" else coded, "fold_pooled", lose)
+    what = "the whole weights, not rounded yet" if where == "folding" else f"the written `{ONE}.weight` is not"
+    assert_refused(home / "qalora-4", tmp_path, form, "bfloat16", what)
+
+
+def assert_refused(run: Path, beside: Path, form: str, dtype: str, what: str) -> None:
+    with pytest.raises(RunError) as caught:
+        export.export(run, beside / "out", format=form, dtype=dtype)
+    assert caught.value.problems[0].rule == "export-differs"
+    assert caught.value.problems[0].what.startswith(what)
+    assert list(beside.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["low_bit", "torchao"])
