@@ -41,9 +41,9 @@ class TorchAO(Export):
         coded.check_rounding(source, model, dtype)
 
     def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
-        from ftune.weights import written
+        from ftune.weights import coded
 
-        return written.loaded(source, folder)
+        return coded.loaded_as_float32(source, folder)
 
 
 plugin = TorchAO()

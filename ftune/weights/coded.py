@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from ftune import rundir
 from ftune.adapters.pooled import fold_pooled
 from ftune.errors import Problem, RecipeError
+from ftune.models.load import load_model
 from ftune.quantized.linear import QuantizedLinear
+from ftune.recipe.schema import Model
 from ftune.weights.files import NAMES
 from ftune.weights.source import Source
 from ftune.weights.written import in_type, require_equal, write_tokenizer
@@ -40,6 +43,21 @@ def write(source: Source, folder: Path, dtype: str, save: Callable[[Any, Path], 
     model.config.dtype = NAMES[dtype]
     save(model, folder)
     write_tokenizer(source, folder)
+
+
+@contextlib.contextmanager
+def loaded_as_float32(source: Source, folder: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the model of a folder that torchao reads: loaded in the type it was written for, then taken to float32.
+
+    Loaded in float32 at once, weights of torchao's classes would still compute in that type, and the rest would not.
+    """
+    trusted = source.found.model.trust_remote_code
+    model = load_model(Model(model_name_or_path=str(folder), trust_remote_code=trusted))
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = torch.nn.Parameter(weight.data.to(torch.float32), requires_grad=False)
+    yield model, "in memory"
 
 
 def check_rounding(source: Source, model: Any, dtype: str) -> None:
