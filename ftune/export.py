@@ -69,7 +69,7 @@ def merge(
     run_directory: Path,
     output: Path,
     *,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | None = None,
     free_bytes: int | None = None,
     say: Say = silent,
 ) -> Exported:
@@ -90,20 +90,19 @@ def export(
     *,
     format: str,
     dtype: str | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | None = None,
     free_bytes: int | None = None,
     say: Say = silent,
 ) -> Exported:
     """Write a run in a format to `output`; on any failure nothing is left there.
 
-    `dtype` None stores weights as the run's model was stored. `free_bytes` is the memory that may be used, None what
-    the system has free: a model that needs more in float32 is compared layer by layer.
+    `dtype` None stores weights as the run's model was stored. `max_shard_size` is for formats that have shards; None
+    takes the hub's. `free_bytes` is the memory that may be used, None what the system has free: a model that needs
+    more in float32 is compared layer by layer.
     """
     form = _named(format)
-    if dtype is not None and dtype not in form.tolerances:
-        what = f"the format `{format}` does not store weights as `{dtype}`"
-        raise RecipeError(Problem("bad-value", what, fix=f"--dtype takes {' | '.join(form.tolerances)}"))
-    _require_size(max_shard_size)
+    _require_dtype(dtype, form)
+    _require_size(max_shard_size, form)
     _require_packages(form)
     output = expanded(output)
     refuse_existing(output)
@@ -121,7 +120,7 @@ def export(
     folded = _folded(source, inputs, before, say) if rounds and source.has_adapter else None
     with _written_whole(output) as partial:
         say(f"writing {form.name} in {dtype}")
-        form.write(source, partial, dtype=dtype, max_shard_size=max_shard_size)
+        form.write(source, partial, dtype=dtype, max_shard_size=max_shard_size or MAX_SHARD_SIZE)
         with form.computing(source, partial) as (model, second):
             say(f"asking what was written, {second}")
             after = _logits(model, inputs)
@@ -157,8 +156,22 @@ def _named(name: str) -> plugin.Export:
     raise RecipeError(Problem("unknown-method", what, fix=f"{fix}the formats are: {', '.join(known)}"))
 
 
-def _require_size(text: str) -> None:
-    """Refuse what is no size as the hub's tools write it."""
+def _require_dtype(dtype: str | None, form: plugin.Export) -> None:
+    if dtype is not None and dtype not in form.tolerances:
+        what = f"the format `{form.name}` does not store weights as `{dtype}`"
+        raise RecipeError(Problem("bad-value", what, fix=f"--dtype takes {' | '.join(form.tolerances)}"))
+
+
+def _require_size(text: str | None, form: plugin.Export) -> None:
+    """Refuse what is no size as the hub's tools write it, and a size of shards for a format that has none."""
+    if text is None:
+        return
+    if not form.shards:
+        every = [plugin.export(name) for name in plugin.names(plugin.EXPORTS)]
+        what = f"--max-shard-size has no meaning for the format `{form.name}`"
+        why = "it writes all weights into one file, however large"
+        fix = f"leave it out, or choose a format that has shards: {', '.join(one.name for one in every if one.shards)}"
+        raise RecipeError(Problem("no-shards", what, why=why, fix=fix))
     if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
         what = f"--max-shard-size cannot be `{text}`"
         raise RecipeError(Problem("bad-value", what, fix="write it as 5GB, or 500MB"))

@@ -19,7 +19,10 @@ def export(
         str | None,
         typer.Option(help="How weights are stored: float32, bfloat16, float16; for gguf also q8_0. Default: as now."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, and memory that writing takes.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Largest weight file, for formats with shards; also what writing takes. Default: 5GB."),
+    ] = None,
 ) -> None:
     """Write a run's model for other tools, and prove that the files say what the run's model says.
 

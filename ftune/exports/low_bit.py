@@ -16,6 +16,7 @@ class LowBit(Export):
     read_by = "ftune: to talk to, to train on, to export again"
     tolerances = FLOATS
     rounds = ROUNDED
+    shards = True
     refuses = "runs of other methods than qalora"
 
     def bytes_needed(self, source: Any, dtype: str) -> int:
@@ -32,7 +33,7 @@ class LowBit(Export):
         from ftune.quantized.saved import save_quantized
         from ftune.weights import coded
 
-        coded.write(source, folder, dtype, save_quantized)
+        coded.write(source, folder, dtype, max_shard_size, save_quantized)
 
     def check_rounding(self, source: Any, folder: Path, model: Any, *, dtype: str) -> None:
         from ftune.weights import coded

@@ -18,6 +18,7 @@ class NF4(Export):
     # What 4 bits cost depends on the model: SmolLM2-135M shows a mean KL of 0.8, and no limit would fit others.
     tolerances = dict.fromkeys(FLOATS)
     rounds = frozenset(FLOATS)
+    shards = True
     refuses = "adapters on a base that is itself stored in fewer bits"
 
     def check(self, source: Any) -> None:

@@ -16,6 +16,7 @@ class Safetensors(Export):
     read_by = "plain transformers, vLLM, SGLang and others"
     tolerances = FLOATS
     rounds = ROUNDED
+    shards = True
     refuses = "adapters on a base that is itself stored in fewer bits"
 
     def check(self, source: Any) -> None:

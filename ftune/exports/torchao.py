@@ -17,6 +17,7 @@ class TorchAO(Export):
     read_by = "plain transformers with torchao"
     tolerances = FLOATS
     rounds = ROUNDED
+    shards = True
     refuses = "runs of other methods than qalora, and groups whose inputs are not neighbours"
 
     def bytes_needed(self, source: Any, dtype: str) -> int:
@@ -33,7 +34,7 @@ class TorchAO(Export):
         from ftune.quantized.saved import save_torchao
         from ftune.weights import coded
 
-        coded.write(source, folder, dtype, save_torchao)
+        coded.write(source, folder, dtype, max_shard_size, save_torchao)
 
     def check_rounding(self, source: Any, folder: Path, model: Any, *, dtype: str) -> None:
         from ftune.weights import coded

@@ -17,12 +17,13 @@ from ftune.errors import Problem, RunError
 from ftune.models import fingerprint, golden
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
-from ftune.models.source import Say, damaged, refuse_pickles, silent, source_directory
+from ftune.models.source import Say, refuse_pickles, silent, source_directory
 from ftune.quantized.files import read_codes
 from ftune.quantized.linear import QuantizedLinear
 from ftune.quantized.model import put_codes
 from ftune.recipe.schema import Model, Recipe
 from ftune.resolve.spec import RunSpec
+from ftune.tensor_files import damaged
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ class Export(Plugin):
 
     So the whole weights are compared with the run's model before they are rounded, and `check_rounding` is asked.
     """
+    shards: ClassVar[bool] = False
+    """Whether weights are spread over files of at most `max_shard_size`; elsewhere nobody may ask for one."""
     refuses: ClassVar[str] = ""
     """What cannot be written so, for the documentation."""
 
@@ -63,7 +65,7 @@ class Export(Plugin):
 
     @abstractmethod
     def write(self, source: Any, folder: Path, *, dtype: str, max_shard_size: str) -> None:
-        """Write the files into an empty folder."""
+        """Write the files into an empty folder; `max_shard_size`, as 5GB, is for formats with shards."""
 
     def check_rounding(self, source: Any, folder: Path, model: Any, *, dtype: str) -> None:
         """Raise RunError where a written weight is not the rounding of the whole one; `model` is from `computing`.

@@ -15,6 +15,7 @@ MESSAGES = {
     "recipe-file": "The recipe's file is not there, is a directory, or is not UTF-8 text.",
     "recipe-mapping": "A recipe given from Python holds something that YAML cannot write.",
     "unknown-key": "No section, or not this one, has a key of that name.",
+    "no-shards": "`--max-shard-size` was given for a format that writes all weights into one file.",
     "unknown-method": "There is no optimizer, tuning, objective or format of that name.",
     "unknown-finding": "`data.audit_ignore` names something that the audit of the rows never finds.",
     "not-packed": "`ftune preview --packing` was asked for rows that are never packed, such as preferences.",

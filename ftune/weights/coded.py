@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -35,13 +35,19 @@ def bytes_needed(source: Source, dtype: str) -> int:
     return (source.found.folder / rundir.CODES).stat().st_size + source.parameters * NAMES[dtype].itemsize
 
 
-def write(source: Source, folder: Path, dtype: str, save: Callable[[Any, Path], None]) -> None:
+class Save(Protocol):
+    """Write a model in few bits into a folder."""
+
+    def __call__(self, model: Any, folder: Path, *, max_shard_size: str) -> None: ...
+
+
+def write(source: Source, folder: Path, dtype: str, max_shard_size: str, save: Save) -> None:
     """Write the merged model with `save`; weights that are no codes in `dtype`, scales and offsets as they are."""
     model = fold_pooled(source.taken(), over=QuantizedLinear)
     for weight in model.parameters():
         weight.data = weight.data.to(NAMES[dtype])
     model.config.dtype = NAMES[dtype]
-    save(model, folder)
+    save(model, folder, max_shard_size=max_shard_size)
     write_tokenizer(source, folder)
 
 

@@ -14,9 +14,10 @@ from ftune.adapters.pooled import fold_pooled
 from ftune.errors import Problem, RecipeError, RunError
 from ftune.models.finished import Finished, attach
 from ftune.models.quiet import quiet
-from ftune.models.source import config_of, damaged
+from ftune.models.source import config_of
 from ftune.quantized.linear import QuantizedLinear
 from ftune.quantized.model import codes_of, dequantised
+from ftune.tensor_files import damaged
 from ftune.weights.files import NAMES, Files
 from ftune.weights.skeleton import NotStreamable, absent, filled, located, skeleton, ties
 

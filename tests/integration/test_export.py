@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import recipe, rows_file
 
 import ftune as package
-from ftune import chat, export, rundir
+from ftune import chat, export, plugin, rundir
 from ftune.errors import FtuneError, MachineError, RecipeError, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -182,6 +182,11 @@ def test_what_makes_no_sense_is_refused(home: Path, tmp_path: Path) -> None:
     assert (type(error), error.problems[0].rule) == (RecipeError, "bad-value")
     error = refused(home / "lora", tmp_path / "out", max_shard_size="many")
     assert (type(error), error.problems[0].rule) == (RecipeError, "bad-value")
+    for name in plugin.names(plugin.EXPORTS):
+        if not plugin.export(name).shards:
+            error = refused(home / "lora", tmp_path / "out", format=name, max_shard_size="1GB")
+            assert (type(error), error.problems[0].rule) == (RecipeError, "no-shards")
+            assert "hub, low_bit, nf4, safetensors, torchao" in error.problems[0].fix
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     error = refused(home / "lora", tmp_path / "out")

@@ -196,6 +196,25 @@ def assert_refused(run: Path, beside: Path, form: str, dtype: str, what: str) ->
     assert list(beside.iterdir()) == []
 
 
+@pytest.mark.parametrize(("form", "parts"), [("low_bit", ("codes", "rest")), ("torchao", ("model",))])
+def test_few_bits_in_shards(form: str, parts: tuple[str, ...], home: Path, tmp_path: Path) -> None:
+    for name, size in (("whole", None), ("shards", "40KB")):
+        export.export(home / "qalora-3", tmp_path / name, format=form, max_shard_size=size)
+    for part in parts:
+        assert [path.name for path in (tmp_path / "whole").glob(f"{part}*.safetensors")] == [f"{part}.safetensors"]
+        found = sorted((tmp_path / "shards").glob(f"{part}-*-of-*.safetensors"))
+        assert len(found) > 1
+        assert not (tmp_path / "shards" / f"{part}.safetensors").exists()
+        # A header of its own, and at least one tensor however large: the embedding alone is more than 40 KB.
+        assert sum(path.stat().st_size > 80_000 for path in found) <= 2
+    whole, shards = (chat.open_target(str(tmp_path / name))[0] for name in ("whole", "shards"))
+    assert torch.equal(logits(whole), logits(shards))
+    next((tmp_path / "shards").glob(f"{parts[0]}-*2-of-*.safetensors")).unlink()
+    with pytest.raises(RunError) as caught:
+        chat.open_target(str(tmp_path / "shards"))
+    assert caught.value.problems[0].rule in ("weights-do-not-fit", "weights-damaged")
+
+
 @pytest.mark.parametrize("form", ["low_bit", "torchao"])
 def test_a_run_without_codes_is_refused(form: str, home: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no codes to write"):

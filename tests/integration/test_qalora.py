@@ -149,7 +149,7 @@ def test_a_merged_model_in_few_bits_is_trained_further_on_its_own_codes(
     merged = fold_pooled(load_finished(of_run(trained)), over=QuantizedLinear)
     base = shutil.copytree(tiny_model, tmp_path / "base")
     (base / "model.safetensors").unlink()
-    save_quantized(merged, base)
+    save_quantized(merged, base, max_shard_size="5GB")
     again = {"method": "qalora", "r": 4}
     result = ftune.train(recipe(base, rows, tmp_path / "run", tuning=again, training={**TRAINING, "max_steps": 4}))
     assert losses(result.directory)[0] < losses(trained)[0] - 0.2

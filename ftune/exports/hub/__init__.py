@@ -16,6 +16,7 @@ class Hub(Export):
     read_by = "plain transformers; `hf upload` publishes it"
     tolerances = FLOATS
     rounds = ROUNDED
+    shards = True
     refuses = "adapters on a base that is itself stored in fewer bits"
 
     def check(self, source: Any) -> None:
