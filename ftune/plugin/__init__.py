@@ -24,7 +24,7 @@ from ftune.plugin.exports import Export, Tolerance
 from ftune.plugin.formats import Conversation, Finding, Format, PlainText, RowError, Turn
 from ftune.plugin.objectives import Objective
 from ftune.plugin.optimizers import Gradients, Optimizer, Setting, TrainedTensor
-from ftune.plugin.tunings import StateBytes, Tuning
+from ftune.plugin.tunings import Batches, StateBytes, Tuning
 
 __all__ = [
     "EXPORTS",
@@ -32,6 +32,7 @@ __all__ = [
     "OBJECTIVES",
     "OPTIMIZERS",
     "TUNINGS",
+    "Batches",
     "Conversation",
     "Export",
     "Finding",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from ftune.options import Flag, Integer, Options
-from ftune.plugin import StateBytes, Tuning
+from ftune.plugin import Batches, StateBytes, Tuning
 
 
 class HiFTOptions(Options):
@@ -29,7 +29,7 @@ class HiFT(Tuning):
     rotates = True
     Options = HiFTOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         from ftune.rotation.units import free_all
 
         return free_all(model)

@@ -186,17 +186,30 @@ def test_checkpointed_activations_change_nothing(tiny_model: Path, rows: Path, t
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_a_forward_only_run_is_rebuilt_upon_its_own_codes(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
-    tuning = {**TUNING, "fit": "gptq", "calibration_rows": 4}
+def forward_only(tuning: dict[str, Any], tiny_model: Path, rows: Path, tmp_path: Path) -> Path:
     training = {"optim": "mezo", "max_steps": 3}
-    values = recipe(tiny_model, rows, tmp_path / "run", tuning=tuning, training=training)
-    trained = Path(ftune.train(values).directory)
+    return Path(ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=tuning, training=training)).directory)
+
+
+def test_a_forward_only_run_is_rebuilt_upon_its_own_codes(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    trained = forward_only({**TUNING, "fit": "gptq", "calibration_rows": 4}, tiny_model, rows, tmp_path)
     rebuild.rebuild(trained, tmp_path / "rebuilt")
     found = load_finished(of_folder(tmp_path / "rebuilt"))
     assert torch.equal(logits(found), logits(load_finished(of_run(trained))))
     (trained / "codes.safetensors").unlink()
-    with pytest.raises(RunError, match="cannot be rebuilt"):
-        rebuild.rebuild(trained, tmp_path / "again")
+    assert_rows_are_missed(trained, tmp_path / "again")
+
+
+def test_a_forward_only_run_that_began_with_its_rows_is_not(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    tuning = {"method": "lora", "init_lora_weights": "eva", "r": 4, "eva_batches": 2}
+    assert_rows_are_missed(forward_only(tuning, tiny_model, rows, tmp_path), tmp_path / "again")
+
+
+def assert_rows_are_missed(run: Path, output: Path) -> None:
+    with pytest.raises(RunError, match="its rows are not at hand") as caught:
+        rebuild.rebuild(run, output)
+    assert caught.value.problems[0].rule == "zeroth-order-log"
+    assert not output.exists()
 
 
 def test_some_layers_have_an_adapter_and_all_are_quantised(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
