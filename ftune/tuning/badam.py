@@ -33,9 +33,9 @@ class BAdam(Tuning):
     Options = BAdamOptions
 
     def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
-        from ftune.rotation.units import free_all, units_of
+        from ftune.rotation.units import units_of
 
-        free_all(model)
+        model.requires_grad_(True)
         units = units_of(model)
         for unit, included in ((units.embedding, options.include_embedding), (units.head, options.include_head)):
             for weight in unit.weights:

@@ -30,9 +30,8 @@ class HiFT(Tuning):
     Options = HiFTOptions
 
     def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
-        from ftune.rotation.units import free_all
-
-        return free_all(model)
+        model.requires_grad_(True)
+        return model
 
     def copies_in_float32(self, options: Any) -> bool:
         return bool(options.mixed)

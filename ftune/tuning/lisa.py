@@ -29,9 +29,8 @@ class LISA(Tuning):
     Options = LISAOptions
 
     def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
-        from ftune.rotation.units import free_all
-
-        return free_all(model)
+        model.requires_grad_(True)
+        return model
 
     def state_bytes(self, model: Any, trained: Sequence[Any], of: StateBytes, options: Any) -> float:
         """Return the bytes of the states of both ends and of the largest layers that can move together."""

@@ -16,9 +16,8 @@ class LoRAAndFull(Tuning):
 
     def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         from ftune.adapters.beside import add_beside
-        from ftune.rotation.units import free_all
 
-        return add_beside(free_all(model), options, batches=batches)
+        return add_beside(model, options, batches=batches)
 
     def adapter_weights(self, model: Any) -> list[Any]:
         from ftune.adapters.beside import adapter_weights

@@ -63,11 +63,8 @@ def test_an_adapter_that_begins_along_its_inputs(tiny_model: Path, rows: Path, t
     for start in (True, "eva"):
         tuning = {**TUNING, "init_lora_weights": start, "eva_batches": 2}
         training = settings_of("adamw_torch", max_steps=3)
-        found.append(
-            losses(
-                ftune.train(recipe(tiny_model, rows, tmp_path / str(start), tuning=tuning, training=training)).directory
-            )
-        )
+        values = recipe(tiny_model, rows, tmp_path / str(start), tuning=tuning, training=training)
+        found.append(losses(ftune.train(values).directory))
     assert found[0][0] == found[1][0]
     assert found[0][1:] != found[1][1:]
 

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from ftune import plugin
 from ftune.errors import RecipeError
 from ftune.rotation.optimizer import parts_of
-from ftune.rotation.units import free_all, units_of
+from ftune.rotation.units import units_of
 
 _SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -88,13 +88,6 @@ def test_a_layer_used_twice_counts_once() -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"the layers of a Linear are not found.*ModuleList"):
         units_of(torch.nn.Linear(2, 2))
-
-
-def test_quantised_weights_are_refused() -> None:
-    model = model_of("llama")
-    model.is_quantized = True
-    with pytest.raises(RecipeError, match="integers"):
-        free_all(model)
 
 
 def test_frozen_weights_are_in_no_part_and_groups_keep_their_settings() -> None:
