@@ -73,6 +73,10 @@ class Tuning(Plugin):
         """Return how the base is loaded in fewer bits: arguments of BitsAndBytesConfig; None loads it as it is."""
         return None
 
+    def group_of_inputs(self, options: Any) -> int | None:
+        """Return how many inputs of a layer share a scale, where `prepare` quantises the linear layers in groups."""
+        return None
+
     def fits_rounded_base(self, options: Any) -> bool:
         """Return whether the adapter makes up for what quantising took, so that it is wrong on the unquantised base."""
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeGuard
 from ftune import plugin
 from ftune.cache import content_hash
 from ftune.errors import Place, Problem
-from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder, package_folder
+from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder, package_folder, stored_config
 from ftune.recipe.schema import PLUGIN_SECTIONS
 from ftune.recipe.source import KeyPath, Source
 
@@ -123,16 +122,16 @@ def _model_problems(source: Source) -> Iterator[Problem]:
         yield Problem("model-directory", f"there is no directory {name}", place, fix=_near(name, beside))
     elif found is not None and found.is_file():
         yield model_is_a_file(name, found, place)
-    elif found is not None:
-        yield from _quantised(source, found)
+    else:
+        yield from _quantised(source, name)
 
 
-def _quantised(source: Source, folder: Path) -> Iterator[Problem]:
-    method = _section(source, "tuning").get("method", PLUGIN_SECTIONS["tuning"][1])
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if method in plugin.names(plugin.TUNINGS) and (problem := quantised_base(config, method)) is not None:
-            yield dataclasses.replace(problem, where=source.value(("model", "model_name_or_path")))
+def _quantised(source: Source, name: str) -> Iterator[Problem]:
+    method, model = _section(source, "tuning").get("method", PLUGIN_SECTIONS["tuning"][1]), _section(source, "model")
+    config = stored_config(name, _directory(source), revision=model.get("revision"))
+    known = config is not None and not model.get("gguf_file") and method in plugin.names(plugin.TUNINGS)
+    if known and (problem := quantised_base(config or {}, method)) is not None:
+        yield dataclasses.replace(problem, where=source.value(("model", "model_name_or_path")))
 
 
 def quantised_base(config: Mapping[str, Any], method: str) -> Problem | None:

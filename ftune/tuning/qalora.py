@@ -104,6 +104,9 @@ class QALoRA(Tuning):
         names = matched(model, options, dict(quantized_layers(model)))
         return add_pooled_lora(model, names, options, over=QuantizedLinear)
 
+    def group_of_inputs(self, options: Any) -> int | None:
+        return int(options.group_size)
+
     def fingerprint(self, model: Any) -> str | None:
         from ftune.quantized.files import fingerprint
         from ftune.quantized.model import codes_of

@@ -235,7 +235,10 @@ class TestQuantisedBases:
 
     @pytest.mark.parametrize(
         ("method", "said"),
-        [("full", "cannot move"), ("hift", "cannot move"), ("lisa", "cannot move"), ("qlora", "quantised already")],
+        [
+            *((method, "cannot move") for method in ("full", "hift", "lisa", "badam", "lora_and_full")),
+            ("qlora", "quantised already"),
+        ],
     )
     def test_refused_where_they_cannot_be_trained(
         self, method: str, said: str, quantised: Path, rows: Path, tmp_path: Path
