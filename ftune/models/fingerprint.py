@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ _SAMPLE_BYTES = 1024
 """Read at the beginning, the middle and the end of each tensor: milliseconds, where all of a 70B model is minutes."""
 
 
-def write(folder: Path, base: Path, name: str) -> None:
-    """Write the base's fingerprint into an adapter's folder; nothing where the base has no safetensors."""
+def write(folder: Path, base: Path, name: str, *, rounding: Mapping[str, Any] | None = None) -> None:
+    """Write the base's fingerprint into an adapter's folder; nothing where the base has no safetensors.
+
+    `rounding` says how the base was rounded, for an adapter that belongs to it in that form alone.
+    """
     made = of(base)
     if made is not None:
-        known = {"base": name, **made}
+        known = {"base": name, **({"rounding": dict(rounding)} if rounding else {}), **made}
         rundir.write_text(folder / rundir.BASE_FINGERPRINT, json.dumps(known, indent=1) + "\n")
 
 

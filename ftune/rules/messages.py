@@ -26,6 +26,7 @@ MESSAGES = {
     "unknown-name": "`ftune explain` was asked for a name that nothing has.",
     "unknown-recipe": "No recipe of that name comes with ftune; `ftune init --list` shows those that do.",
     "yaml": "The recipe is not YAML, or holds what has no meaning in a recipe (tags, several documents).",
+    "adapter-rounding": "An adapter that makes up for what rounding took was put on a base that is not rounded so.",
     "adapter-differs": "The recipe gives an adapter that is trained on another shape or scale than it was made with.",
     "adapter-folder": "`tuning.adapter` names a folder without an adapter, or one that fits only a base that was "
     "changed for it.",

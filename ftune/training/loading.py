@@ -17,6 +17,7 @@ from ftune.data.collate import Collator
 from ftune.data.lengths import NOW, length_summary, padding_of
 from ftune.data.prepare import LOOKED_AT, Prepared, Stored, prepare
 from ftune.errors import RecipeError
+from ftune.models import fingerprint
 from ftune.models.load import load_model
 from ftune.models.quiet import quiet
 from ftune.models.source import config_of, source_directory
@@ -40,6 +41,9 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     held = config_of(Path(source_directory(recipe.model, shown.say)), recipe.model.model_name_or_path)
     if (problem := files.quantised_base(held, recipe.tuning.method)) is not None:
         raise RecipeError(problem)
+    if (adapter := getattr(recipe.tuning.options, "adapter", None)) is not None:
+        base = Path(source_directory(recipe.model, shown.say))
+        fingerprint.check(Path(adapter), base, recipe.model.model_name_or_path)
     load = functools.partial(load_model, device_type=spec.device_type, say=shown.say, quantization=bits)
     try:
         return spec, load(recipe.model)
