@@ -116,6 +116,9 @@ def test_the_command(home: Path, tmp_path: Path, ftune: Callable[..., Any]) -> N
     assert answer.returncode == 0, answer.stderr
     assert "beside the run on 4 prompts: largest logit difference 0, mean KL 0 (allowed: 0.001" in answer.stdout
     assert "asking the run's model, in memory\n" in answer.stderr
+    for folder in (home / "full" / "model", tmp_path / "out"):
+        modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+        assert modes == {folder.stat().st_mode & 0o666}, "a user shares them, and has an umask to say with whom"
     wrong = ftune("export", home / "full", "--format", "safetensor", "--output", tmp_path / "other")
     assert wrong.returncode == 2
     assert "did you mean `safetensors`?" in wrong.stderr

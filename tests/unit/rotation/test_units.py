@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
+from training_runs import no_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ftune import plugin
@@ -118,7 +119,7 @@ def test_the_least_steps_that_give_every_weight_a_turn(method: str) -> None:
     options, steps, alone = SWEEPS[method]
     tuning = plugin.tuning(method)
     chosen = tuning.Options(**options)
-    model = tuning.apply(make_model(num_hidden_layers=3), chosen)
+    model = tuning.apply(make_model(num_hidden_layers=3), chosen, batches=no_rows)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     asked: dict[str, Any] = {"steps_per_epoch": 100}
     assert tuning.sweep(model, trained, chosen, steps=1, **asked) == (steps, alone)
@@ -126,7 +127,7 @@ def test_the_least_steps_that_give_every_weight_a_turn(method: str) -> None:
     def moved_after(count: int, more: dict[str, Any]) -> int:
         model = make_model(num_hidden_layers=3)
         settled = tuning.Options(**{**options, **more})
-        tuning.apply(model, settled)
+        tuning.apply(model, settled, batches=no_rows)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         before = [weight.detach().clone() for weight in weights]
 
