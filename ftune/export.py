@@ -28,7 +28,6 @@ from ftune.plugin import Conversation, Turn
 from ftune.training import checkpoint
 from ftune.units import format_bytes
 from ftune.weights.source import Source
-from ftune.weights.tolerances import WHOLE
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -272,7 +271,7 @@ def _folded(source: Source, inputs: list[torch.Tensor], before: list[torch.Tenso
     with source.computing_whole() as model:
         difference, divergence = _compared(before, _logits(model, inputs))
         del model
-    _judge("the whole weights, not rounded yet, do", WHOLE, difference, divergence)
+    _judge("the whole weights, not rounded yet, do", plugin.BEFORE_ROUNDING, difference, divergence)
     return divergence
 
 

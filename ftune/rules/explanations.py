@@ -140,10 +140,8 @@ def _method(package: str, name: str) -> str:
 def _limits(form: plugin.Export) -> Iterator[tuple[str, str]]:
     """Yield each type that weights can be stored in, and how far that may be off, in words."""
     for dtype, tolerance in form.tolerances.items():
-        parts = ["the whole weights before rounding, and each written one with them"] if dtype in form.rounds else []
-        if tolerance is not None:
-            parts.insert(0, f"at most {tolerance}")
-        yield dtype, "; ".join(parts)
+        limit = f"at most {tolerance}" if tolerance else "what it costs is told"
+        yield dtype, f"{limit}; {plugin.BEFORE_ROUNDING.limit:g} before rounding" if dtype in form.rounds else limit
 
 
 def _schedule(name: str) -> str:

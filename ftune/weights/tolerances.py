@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from ftune.plugin import Tolerance
 
-WHOLE = Tolerance("mean KL", 1e-6)
-"""Weights in float32 with the adapter folded in, before a format rounds them: sums in another order.
-
-SmolLM2-135M shows 1e-8, and 7e-5 where the adapter of a single v_proj is lost.
-"""
-
 ROUNDED = frozenset({"bfloat16", "float16"})
 FLOATS = {
     "float32": Tolerance("largest logit difference", 1e-3),  # sums in another order give about 1e-4
