@@ -56,7 +56,8 @@ def finish(method: Method, run: Path) -> Row:
     trained = sum(each.numel() // (pooled if "lora_A" in name else 1) for name, each in adapter.items())
     merged = run.with_name("merged")
     export.merge(run, merged)
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).to(device)
     rows = Rows(recipe(method, 1e-4, STAGES["final"], str(run.with_name("rows"))))
     found: Row = {"adapter_parameters": trained, "merged": rows.loss(model)}
     if pooled == 1:
@@ -110,7 +111,8 @@ class Rows:
         """Return the mean loss over all learned tokens of the evaluation rows."""
         total, tokens = 0.0, 0
         for start in range(0, len(self._eval), 32):
-            batch = self._collate([self._eval[number] for number in range(start, min(start + 32, len(self._eval)))])
+            rows = [self._eval[number] for number in range(start, min(start + 32, len(self._eval)))]
+            batch = {name: values.to(model.device) for name, values in self._collate(rows).items()}
             labels = batch.pop("labels")[:, 1:]
             logits = model.eval()(**batch, use_cache=False).logits[:, :-1].float()
             total += torch.nn.functional.cross_entropy(

@@ -78,6 +78,7 @@ def recipe(method: Method, rate: float, stage: Stage, output: str) -> dict[str, 
             "learning_rate": rate,
             "warmup_steps": 0.1,
             "bf16": False,
+            "tf32": False,
             "eval_strategy": "no",
             "save_strategy": "no",
             "logging_steps": 1,
@@ -106,7 +107,7 @@ class Comparison:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("what", choices=[*STAGES, "table"])
         parser.add_argument("--results", type=Path, default=self.path)
-        parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
+        parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores and the GPU")
         parser.add_argument("--only", default="", help="names of methods, separated by commas")
         parser.add_argument("--run", nargs=2, metavar=("NAME", "RATE"), help=argparse.SUPPRESS)
         options = parser.parse_args()
@@ -159,9 +160,11 @@ class Comparison:
 
     def measure_best(self, method: Method, stage: str) -> None:
         """Measure a method at its best rate, where that is known and was not measured yet."""
-        if self.open_rates(self.named(method.like or method.name)):
+        searched = self.named(method.like or method.name)
+        if stage != "cost" and self.open_rates(searched):
             return
-        tried = self.losses_by_rate(method)
+        # What a step costs does not depend on its rate.
+        tried = {searched.rate: 0.0} if stage == "cost" else self.losses_by_rate(method)
         rate = min(tried, key=tried.__getitem__)
         if not any((row["stage"], row["name"], row["rate"]) == (stage, method.name, rate) for row in self.rows()):
             self.measure(method, rate, stage)
@@ -200,21 +203,27 @@ class Comparison:
 
 
 def cost(method: Method, rate: float, run: Path) -> Row:
-    """Return the median time of a run's steps, and the most bytes alive in two further ones."""
+    """Return the median time of a run's steps, and the most bytes alive: on a GPU as its allocator counts them, else
+    those of two further steps, each tensor counted from its first use until it is freed."""
+    import torch
     from live_bytes import LiveBytes
 
     import ftune
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    with LiveBytes() as live:
-        ftune.train(recipe(method, rate, Stage(2, 1), str(run.with_name("bytes"))))
     steps = [line for line in lines if "loss" in line]
+    if torch.cuda.is_available():
+        most, machine = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    else:
+        with LiveBytes() as live:
+            ftune.train(recipe(method, rate, Stage(2, 1), str(run.with_name("bytes"))))
+        most, machine = live.most, f"{os.cpu_count()} cores, {platform.machine()}"
     return {
         "step_seconds": statistics.median(
             later["time"] - earlier["time"] for earlier, later in itertools.pairwise(steps)
         ),
-        "live_peak_bytes": live.most,
-        "machine": f"{os.cpu_count()} cores, {platform.python_implementation()} {platform.python_version()}",
+        "live_peak_bytes": most,
+        "machine": machine,
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")},
     }
 

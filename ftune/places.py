@@ -66,11 +66,17 @@ def model_folder(name: str) -> Path | None:
     return path if path is not None and path.is_dir() else None
 
 
-def stored_config(name: str, beside: Path, *, revision: str | None = None) -> dict[str, Any] | None:
-    """Return the config.json of a model as far as it is on this disk, in a hub's cache too; None where it is not."""
-    found = package_folder(name) if name.startswith(PACKAGE) else locate(name, beside) or _cached_folder(name, revision)
+def stored_folder(name: str, beside: Path, *, revision: str | None = None) -> Path | None:
+    """Return the folder of a model as far as it is on this disk, in a hub's cache too; None where it is not."""
+    if name.startswith(PACKAGE):
+        return package_folder(name)
+    return locate(name, beside) or _cached_folder(name, revision)
+
+
+def config_in(folder: Path) -> dict[str, Any] | None:
+    """Return the config.json of a folder; None where it cannot be read, which whoever loads it will explain."""
     try:
-        config = json.loads((found / "config.json").read_text(encoding="utf-8")) if found else None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None
@@ -84,9 +90,9 @@ def _cached_folder(name: str, revision: str | None) -> Path | None:
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         folder = cache.expanduser() / f"models--{name.replace('/', '--')}"
-        reference = folder / "refs" / (revision or "main")
+        reference = folder / "refs" / str(revision or "main")
         commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-        return folder / "snapshots" / commit if commit else None
+        return folder / "snapshots" / str(commit) if commit else None
     return None
 
 

@@ -1,4 +1,4 @@
-"""Load a model whose weights are codes on the disk already: ftune's own folders, and GPTQ's."""
+"""Load a model whose weights are codes on the disk already: ftune's own folders, and those of GPTQ and HQQ."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import torch
 from ftune.models.quiet import quiet
 from ftune.quantized.codes import GroupCodes
 from ftune.quantized.gptq_files import take_gptq
+from ftune.quantized.hqq_files import take_hqq
+from ftune.quantized.kinds import GPTQ, HQQ, OWN, kind_of_codes
 from ftune.quantized.model import put_codes
-from ftune.quantized.saved import METHOD, read_quantized
+from ftune.quantized.saved import read_quantized
 from ftune.recipe.schema import Model
+from ftune.tensor_files import weight_files
 
 Read = tuple[dict[str, GroupCodes], dict[str, torch.Tensor]]
 
@@ -28,11 +31,12 @@ def load_codes(model: Model, folder: Path, config: Any) -> tuple[Any, dict[str, 
     What did not fit is reported as transformers does: `missing_keys`, `unexpected_keys`.
     """
     settings = getattr(config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    if method not in _READERS:
+    kind = kind_of_codes(folder, settings)
+    if kind is None:
         return None
-    layers, rest = _READERS[method](folder, settings)
-    del config.quantization_config
+    layers, rest = _READERS[kind](folder, settings)
+    if settings is not None:
+        del config.quantization_config
     loaded = _skeleton(model, config)
     put_codes(loaded, layers)
     with torch.no_grad():
@@ -61,13 +65,21 @@ def _own(folder: Path, settings: Mapping[str, Any]) -> Read:
 
 
 def _gptq(folder: Path, settings: Mapping[str, Any]) -> Read:
+    return take_gptq(_tensors(folder), settings)
+
+
+def _hqq(folder: Path, settings: Any) -> Read:
+    return take_hqq(_tensors(folder))
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         tensors |= load_file(path)
-    return take_gptq(tensors, settings)
+    return tensors
 
 
-_READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {METHOD: _own, "gptq": _gptq}
-"""By the `quant_method` of config.json."""
+_READERS: dict[str, Callable[[Path, Any], Read]] = {OWN: _own, GPTQ: _gptq, HQQ: _hqq}
+"""By the kind of codes."""

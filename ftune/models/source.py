@@ -20,6 +20,10 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 """What weight files are called; an index beside them names the shards."""
 
 
+HQQ_PICKLE = "qmodel.pt"
+"""What the hqq package's `save_quantized` writes."""
+
+
 def silent(_line: str) -> None:
     """Say nothing."""
 
@@ -103,6 +107,8 @@ def refuse_pickles(folder: Path, name: str) -> None:
         why = "a pickle can run any code when it is read"
         fix = "if you trust its author, load it with transformers or peft and save it again, which writes safetensors; "
         fix += "or train on it as it is with model.trust_remote_code: true"
+        if HQQ_PICKLE in found:
+            fix = f"if you trust its author, {_hqq_as_safetensors(folder)}"
         raise RunError(Problem("pickle-weights", what, why=why, fix=fix))
 
 
@@ -122,6 +128,8 @@ def _near_folders(path: Path) -> str:
 
 
 def _what_instead(folder: Path) -> str:
+    if (folder / HQQ_PICKLE).is_file():
+        return f"{HQQ_PICKLE} is not read: {_hqq_as_safetensors(folder)}"
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs:
         return f"set model.gguf_file to `{ggufs[0]}`"
@@ -133,3 +141,10 @@ def _what_instead(folder: Path) -> str:
     if inner:
         return f"did you mean `{folder / inner[0]}`?"
     return "name a folder that `save_pretrained` wrote, or a hub name such as `Qwen/Qwen2.5-0.5B`"
+
+
+def _hqq_as_safetensors(folder: Path) -> str:
+    return (
+        f"write it as safetensors: from hqq.models.hf.base import AutoHQQHFModel as HQQ; model = "
+        f'HQQ.from_quantized("{folder}", device="cpu"); HQQ.save_to_safetensors(model, "NEW FOLDER")'
+    )

@@ -47,6 +47,9 @@ class Tuning(Plugin):
     Such a base is whole on every device: what splits weights over devices (ZeRO-3) cannot split it.
     """
 
+    takes_codes: ClassVar[bool] = False
+    """Whether it trains upon the codes of a model in few bits that ftune reads itself."""
+
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 

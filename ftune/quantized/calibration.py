@@ -58,7 +58,8 @@ def quantise_sequentially(
             for call in calls:
                 call.hidden = _run(block, call, number)
         for name in sorted(wanted):
-            _replace(model, name, InputHessian(model.get_submodule(name).in_features), bits, group_size)
+            dense = model.get_submodule(name)
+            _replace(model, name, InputHessian(dense.in_features, dense.weight.device), bits, group_size)
     model.train(was_training)
 
 

@@ -83,6 +83,12 @@ def _parts(codes: GroupCodes) -> dict[str, torch.Tensor]:
     return {part: tensor for part in _PARTS if (tensor := getattr(codes, part)) is not None}
 
 
+def damaged_layer(name: str, why: str) -> RunError:
+    """Return the error for a layer of a downloaded model whose codes cannot be read."""
+    fix = "copy or download the model again, and compare its size with the original"
+    return RunError(Problem("weights-damaged", f"the codes of `{name}` are damaged or incomplete", why=why, fix=fix))
+
+
 def damaged(path: Path, why: str) -> RunError:
     """Return the error for codes that cannot be used."""
     fix = "restore the file from a copy; without it the run has to be started anew"

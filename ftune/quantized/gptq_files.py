@@ -16,6 +16,7 @@ import torch
 
 from ftune.errors import Problem, RecipeError
 from ftune.quantized.codes import GroupCodes
+from ftune.quantized.files import damaged_layer
 from ftune.quantized.packing import PLANES
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -36,6 +37,8 @@ def take_gptq(
     less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     rest, layers = dict(tensors), {}
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
+        if missing := [part for part in _PARTS[:3] if f"{name}.{part}" not in rest]:
+            raise damaged_layer(name, f"it has no {', '.join(missing)}")
         qweight, qzeros, scales = (rest.pop(f"{name}.{part}") for part in _PARTS[:3])
         layers[name] = _codes(qweight, qzeros, scales, rest.pop(f"{name}.g_idx", None), bits, less)
     return layers, rest

@@ -14,12 +14,11 @@ from ftune import rundir
 from ftune.errors import Problem, RecipeError
 from ftune.quantized.codes import GroupCodes
 from ftune.quantized.files import read_codes, write_codes
+from ftune.quantized.kinds import OWN
 from ftune.quantized.model import codes_of, quantized_layers
 
 REST = "rest.safetensors"
 """Everything but the codes. Not named as transformers looks for it: it would make up the weights that are missing."""
-METHOD = "ftune"
-"""What config.json calls this quantisation."""
 
 
 def save_quantized(model: Any, folder: Path, *, max_shard_size: str) -> None:
@@ -35,7 +34,7 @@ def save_quantized(model: Any, folder: Path, *, max_shard_size: str) -> None:
         write_codes(folder / name, {layer: codes[layer] for layer in layers})
     for name, keys in _shards({key: one.nbytes for key, one in rest.items()}, REST, max_shard_size):
         save_file({key: rest[key] for key in keys}, folder / name, metadata={"format": "pt"})
-    _write_config(model, folder, {"quant_method": METHOD})
+    _write_config(model, folder, {"quant_method": OWN})
 
 
 def read_quantized(folder: Path) -> tuple[dict[str, GroupCodes], dict[str, torch.Tensor]]:

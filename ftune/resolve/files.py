@@ -13,7 +13,16 @@ from typing import Any, TypeGuard
 from ftune import plugin
 from ftune.cache import content_hash
 from ftune.errors import Place, Problem
-from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder, package_folder, stored_config
+from ftune.places import (
+    PACKAGE,
+    config_in,
+    locate,
+    meant_as_data_file,
+    meant_as_model_folder,
+    package_folder,
+    stored_folder,
+)
+from ftune.quantized.kinds import kind_of_codes
 from ftune.recipe.schema import PLUGIN_SECTIONS
 from ftune.recipe.source import KeyPath, Source
 
@@ -128,26 +137,43 @@ def _model_problems(source: Source) -> Iterator[Problem]:
 
 def _quantised(source: Source, name: str) -> Iterator[Problem]:
     method, model = _section(source, "tuning").get("method", PLUGIN_SECTIONS["tuning"][1]), _section(source, "model")
-    config = stored_config(name, _directory(source), revision=model.get("revision"))
-    known = config is not None and not model.get("gguf_file") and method in plugin.names(plugin.TUNINGS)
-    if known and (problem := quantised_base(config or {}, method)) is not None:
+    folder = stored_folder(name, _directory(source), revision=model.get("revision"))
+    config = config_in(folder) if folder and not model.get("gguf_file") else None
+    if folder is None or config is None or method not in plugin.names(plugin.TUNINGS):
+        return
+    if (problem := quantised_base(folder, config, method)) is not None:
         yield dataclasses.replace(problem, where=source.value(("model", "model_name_or_path")))
 
 
-def quantised_base(config: Mapping[str, Any], method: str) -> Problem | None:
-    """Return the problem of a model, by its config.json, that is held in few bits where a method needs it whole."""
-    if not config.get("quantization_config"):
+def quantised_base(folder: Path, config: Mapping[str, Any], method: str) -> Problem | None:
+    """Return the problem of a model that is held in few bits where a method needs it whole.
+
+    `config` is the config.json of its folder.
+    """
+    settings = config.get("quantization_config")
+    kind = kind_of_codes(folder, settings)
+    if not settings and kind is None:
         return None
     tuning = plugin.tuning(method)
+    beside = ", ".join(_trains_on_codes()) if kind is not None else "lora"
     if not tuning.frozen_base:
         what = f"{method} cannot move the weights of a quantised model"
-        fix = "name the unquantised model, or train an adapter beside these weights: tuning.method: lora"
+        fix = f"name the unquantised model, or train an adapter beside these weights: tuning.method: {beside}"
         return Problem("base-quantised", what, why="they are stored as integers, which have no gradient", fix=fix)
+    if kind is not None and not tuning.takes_codes:
+        what = f"{method} cannot be trained upon the codes of this {kind} model"
+        why = "its adapter goes beside linear layers that have weights, which codes are not"
+        fix = f"set tuning.method: {beside}, which merges into them exactly; or name the unquantised model"
+        return Problem("base-quantised", what, why=why, fix=fix)
     if tuning.quantises:
         what = "the model is quantised already"
         fix = "set tuning.method: lora, which takes it as it is; or name the unquantised model"
         return Problem("base-quantised", what, why=f"{method} quantises the weights that it loads", fix=fix)
     return None
+
+
+def _trains_on_codes() -> list[str]:
+    return [name for name in plugin.names(plugin.TUNINGS) if plugin.tuning(name).takes_codes]
 
 
 def model_is_a_file(name: str, found: Path, place: Place | None = None) -> Problem:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ftune.errors import Problem
-from ftune.places import stored_config
+from ftune.places import config_in, stored_folder
 from ftune.plugin import tuning
 from ftune.quantized.groups import uneven
+from ftune.quantized.kinds import kind_of_codes
 from ftune.recipe import Loaded
 
 PLAIN = frozenset(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "granite", "olmo2", "phi3", "smollm3"))
@@ -24,15 +25,18 @@ def problems(loaded: Loaded) -> Iterator[Problem]:
     size = tuning(recipe.tuning.method).group_of_inputs(recipe.tuning.options)
     if size is None or model.gguf_file is not None:
         return
-    config = stored_config(model.model_name_or_path, loaded.directory, revision=model.revision)
-    widths = inputs_of(config) if config else ()
+    folder = stored_folder(model.model_name_or_path, loaded.directory, revision=model.revision)
+    config = config_in(folder) if folder else None
+    if folder is None or config is None or kind_of_codes(folder, config.get("quantization_config")) is not None:
+        return
+    widths = inputs_of(config)
     place, layer = loaded.source.value(("tuning", "group_size")), f"a layer of `{model.model_name_or_path}`"
     found = (uneven(width, size, layer, every=widths, place=place) for width in widths)
     yield from [problem for problem in found if problem is not None][:1]
 
 
 def inputs_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return how many inputs the linear layers of a model have; nothing for one in codes already, or of other kinds."""
+    """Return how many inputs the linear layers of a model have; nothing for quantised ones, and other kinds."""
     if config.get("model_type") not in PLAIN or config.get("quantization_config"):
         return ()
     hidden, within, heads, size = (

@@ -38,6 +38,8 @@ MESSAGES = {
     "codes-differ": "The recipe asks for other bits or groups than an already quantised model has.",
     "codes-do-not-fit": "Quantised weights belong to another model than the one that was loaded.",
     "gptq-format": "A GPTQ model is stored in a way that ftune does not read.",
+    "hqq-format": "An HQQ model is stored in a way that ftune does not read, or groups its weights so that no adapter "
+    "merges into it.",
     "gptq-inputs": "GPTQ weighs errors by what a layer reads, and that is not fit for it.",
     "group-size": "Inputs of a layer are quantised in groups of equal size, so that it has to divide them.",
     "resume-base": "A checkpoint's adapter was trained upon other quantised weights than the run directory holds.",

@@ -38,8 +38,9 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     recipe = spec.recipe
     tuning = plugin.tuning(recipe.tuning.method)
     bits = tuning.quantization(recipe.tuning.options)
-    held = config_of(Path(source_directory(recipe.model, shown.say)), recipe.model.model_name_or_path)
-    if (problem := files.quantised_base(held, recipe.tuning.method)) is not None:
+    folder = Path(source_directory(recipe.model, shown.say))
+    held = config_of(folder, recipe.model.model_name_or_path)
+    if (problem := files.quantised_base(folder, held, recipe.tuning.method)) is not None:
         raise RecipeError(problem)
     if (adapter := getattr(recipe.tuning.options, "adapter", None)) is not None:
         base = Path(source_directory(recipe.model, shown.say))

@@ -38,6 +38,7 @@ class QALoRA(Tuning):
     summary = "Adapters over groups of inputs are trained beside a base in 2 to 8 bits, and merge into it exactly."
     has_adapter = True
     frozen_base = True
+    takes_codes = True
     default_learning_rate = 2e-5
     learning_rate_reason = "the paper's: the adapter reads sums over groups, which are larger than single inputs"
     Options = QALoRAOptions

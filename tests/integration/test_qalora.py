@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import make_tokenizer
 from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
 
 import ftune
@@ -28,6 +30,7 @@ from ftune.recipe.schema import Model
 from ftune.training import resuming, run
 
 ROOT = Path(__file__).parents[2]
+HQQ = ROOT / "tests" / "hqq_checkpoints"
 TUNING: dict[str, Any] = {"method": "qalora", "r": 4, "group_size": 16, "fit": "minmax"}
 TRAINING: dict[str, Any] = {"num_train_epochs": 2, "learning_rate": 3e-3}
 
@@ -158,6 +161,46 @@ def test_a_merged_model_in_few_bits_is_trained_further_on_its_own_codes(
         ftune.train(recipe(base, rows, tmp_path / "differs", tuning={**again, "bits": 4}))
     with pytest.raises(RecipeError, match="cannot move the weights of a quantised model"):
         ftune.train(recipe(base, rows, tmp_path / "full", tuning={"method": "full"}))
+
+
+@pytest.mark.parametrize("saved", ["transformers", "package"])
+def test_an_hqq_model_is_trained_upon_its_own_codes(saved: str, rows: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(HQQ / saved, tmp_path / "base")
+    make_tokenizer().save_pretrained(base)
+    codes = codes_of(load_model(Model(model_name_or_path=str(base), dtype="float32")))
+    training = {**TRAINING, "learning_rate": 1e-2}
+    result = ftune.train(recipe(base, rows, tmp_path / "run", tuning={"method": "qalora", "r": 4}, training=training))
+    course = losses(result.directory)
+    assert sum(course[-4:]) < 0.9 * sum(course[:4])
+    assert fingerprint(read_codes(tmp_path / "run" / "codes.safetensors")) == fingerprint(codes)
+    expected = logits(load_finished(of_run(tmp_path / "run")))
+
+    assert export.merge(tmp_path / "run", tmp_path / "merged").max_difference <= 1e-4
+    merged = load_model(Model(model_name_or_path=str(tmp_path / "merged"), dtype="float32"))
+    assert (logits(merged) - expected).abs().max() <= 1e-4
+
+    export.export(tmp_path / "run", tmp_path / "coded", format="low_bit")
+    coded = load_model(Model(model_name_or_path=str(tmp_path / "coded"), dtype="float32"))
+    assert (logits(coded) - expected).abs().max() <= 1e-4
+    for name, kept in codes_of(coded).items():
+        assert torch.equal(kept.packed, codes[name].packed)
+        assert torch.equal(kept.scale, codes[name].scale)
+        assert not torch.equal(kept.offset, codes[name].offset)
+
+
+@pytest.mark.parametrize("saved", ["transformers", "package"])
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("full", "cannot move the weights of a quantised model.*tuning.method: qalora"),
+        ("lora", "cannot be trained upon the codes of this hqq model.*tuning.method: qalora"),
+        ("qlora", "cannot be trained upon the codes of this hqq model.*tuning.method: qalora"),
+    ],
+)
+def test_other_methods_are_told_of_it(saved: str, method: str, said: str, rows: Path, tmp_path: Path) -> None:
+    """Before anything is loaded, though the package's config.json does not say that the model is quantised."""
+    problems = ftune.check(recipe(HQQ / saved, rows, tmp_path / "run", tuning={"method": method}))
+    assert [re.search(said, str(one)) is not None for one in problems if one.rule == "base-quantised"] == [True]
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,18 @@ def test_a_gptq_checkpoint_is_read_without_its_package(
     torch.testing.assert_close(logits(fold_pooled(made, over=QuantizedLinear)), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_gptq_layer_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    gptq_checkpoint(tmp_path / "base", 4, ordered=False, version=None)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.self_attn.q_proj.scales"]
+    save_file(tensors, path)
+    with pytest.raises(RunError, match=r"`model\.layers\.1\.self_attn\.q_proj` are damaged.*no scales"):
+        load_model(Model(model_name_or_path=str(tmp_path / "base")))
+
+
 def test_gptq_of_other_bits_is_refused(tmp_path: Path) -> None:
     gptq_checkpoint(tmp_path / "base", 4, ordered=False, version=None)
     path = tmp_path / "base" / "config.json"

@@ -59,6 +59,16 @@ def test_what_is_not_known_is_left_to_loading(changes: dict[str, Any], tmp_path:
     assert examined(tmp_path, {**LLAMA, **changes}, {"method": "qalora", "group_size": 96}) == []
 
 
+def test_codes_without_settings_have_groups_of_their_own(tmp_path: Path) -> None:
+    """As the hqq package writes them."""
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "model").mkdir()
+    save_file({"model.layers.0.mlp.up_proj.W_q": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
+    assert examined(tmp_path, LLAMA, {"method": "qalora", "group_size": 96}) == []
+
+
 def test_a_group_of_something_else_is_none(tmp_path: Path) -> None:
     assert examined(tmp_path, LLAMA, {"method": "hift", "group_size": 96}) == []
 
