@@ -99,7 +99,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_on_no_other_codes(
 
 def test_two_ranks_are_one_with_both_halves(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     tuning = {**TUNING, "fit": "gptq", "calibration_rows": 4}
-    shared = {"learning_rate": 3e-4, "max_steps": 4}
+    # Not Adam, which makes as much of the rounding of a gradient near zero as of any other gradient.
+    shared = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 4}
     alone = recipe(
         tiny_model, rows, tmp_path / "one", tuning=tuning, training={**shared, "per_device_train_batch_size": 8}
     )
@@ -114,6 +115,7 @@ def test_two_ranks_are_one_with_both_halves(tiny_model: Path, rows: Path, tmp_pa
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-6)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-5, atol=1e-6)
+        assert "lora_B" not in name or weight.abs().max() > 1e-4, "it learned"
 
 
 @pytest.fixture(scope="module")
