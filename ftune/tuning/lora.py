@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters.options import LoRAOptions
 from ftune.adapters.rates import loraplus_rate
-from ftune.plugin import Tuning
+from ftune.plugin import Batches, Tuning
 
 
 class LoRA(Tuning):
@@ -19,7 +18,7 @@ class LoRA(Tuning):
     learning_rate_reason = "adapters start at zero and are small: the customary rate for LoRA"
     Options = LoRAOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         from ftune.adapters.lora import add_lora
 
         return add_lora(model, options, batches=batches)
@@ -31,9 +30,6 @@ class LoRA(Tuning):
 
     def takes_from_base(self, options: Any) -> bool:
         return str(options.init_lora_weights).startswith(("pissa", "olora"))
-
-    def calibration_batches(self, options: Any) -> int:
-        return options.eva_batches if options.init_lora_weights == "eva" else 0
 
     def learning_rate_of(self, name: str, weight: Any, learning_rate: float, options: Any) -> float:
         return loraplus_rate(name, weight, learning_rate, options)
