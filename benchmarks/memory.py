@@ -44,7 +44,7 @@ TUNINGS = {
     "qalora": {"method": "qalora", "r": 8, "group_size": 32, "fit": "minmax"},
 }
 OPTIMIZERS = ("adamw_torch", "adafactor", "adamw_8bit", "lomo", "adalomo", "adamw_fused_backward", "mezo")
-LENGTH, BATCH = 128, 2
+LENGTH, BATCH = 256, 4
 
 
 def combinations() -> list[dict[str, Any]]:
@@ -149,8 +149,10 @@ def tracked_run(spec: Any) -> Any:
     tracked.follow(model)
     try:
         with tracked:
-            rows = Rows(worst_lengths(spec), packed=False)
-            steps(spec, model, rows, [lambda trainer: Follow(tracked)])
+            evaluated = evaluated_rows(spec)
+            follow = Follow(tracked, evaluates=evaluated is not None)
+            rows = Rows(worst_lengths(spec), packed=spec.recipe.data.packing)
+            steps(spec, model, rows, [lambda trainer: follow], eval_rows=evaluated)
     finally:
         tracked.unfollow()
     return tracked.trace()
@@ -209,7 +211,7 @@ def live_bytes() -> int:
 def compare(one: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one combination."""
     from ftune.errors import FtuneError
-    from ftune.memory.peak import peak
+    from ftune.memory.peak import peak, phases
     from ftune.memory.traced import Asked, traced_here
 
     with tempfile.TemporaryDirectory() as name:
@@ -221,13 +223,15 @@ def compare(one: dict[str, Any]) -> dict[str, Any]:
         config = make_model(one["model"], folder / "model")
         # First, while no other model is alive: hooks on weights keep one from being freed.
         allocated = allocator_run(spec)
-        measured, predicted = peak(tracked_run(spec)), peak(traced_here(Asked(spec, config)))
+        real, traced = tracked_run(spec), traced_here(Asked(spec, config))
+    measured, predicted = peak(real), peak(traced)
     return {
         **one,
         "predicted_bytes": predicted.size_bytes,
         "tracked_bytes": measured.size_bytes,
         "allocator_bytes": allocated,
         "owners_agree": predicted.by_owner == measured.by_owner,
+        "phases_agree": phases(traced) == phases(real),
         "phase": predicted.phase,
         "module": predicted.module,
         "operation": predicted.operation,
@@ -271,8 +275,9 @@ def _row(found: dict[str, Any]) -> str:
         return f"| {name} | {found.get('refused') or found['failed']} | | | |"
     predicted = found["predicted_bytes"]
     apart = [f"{predicted / found[key] - 1:+.3%}" for key in ("tracked_bytes", "allocator_bytes")]
-    owners = "" if found["owners_agree"] else " (owners differ)"
-    return f"| {name} | {predicted / 2**20:.3f} | {apart[0]}{owners} | {apart[1]} | {found['phase']} |"
+    differs = [f"{what} differ" for what in ("owners", "phases") if not found[f"{what}_agree"]]
+    apart[0] += f" ({', '.join(differs)})" if differs else ""
+    return f"| {name} | {predicted / 2**20:.3f} | {apart[0]} | {apart[1]} | {found['phase']} |"
 
 
 if __name__ == "__main__":
