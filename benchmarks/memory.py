@@ -44,15 +44,21 @@ TUNINGS = {
     "qalora": {"method": "qalora", "r": 8, "group_size": 32, "fit": "minmax"},
 }
 OPTIMIZERS = ("adamw_torch", "adafactor", "adamw_8bit", "lomo", "adalomo", "adamw_fused_backward", "mezo")
-LENGTH, BATCH = 256, 4
+LENGTH, BATCH = 256, 2
+EACH = 2
+"""Models for each tuning and optimizer."""
+_IMPOSSIBLE = {("qalora", "gpt2")}
+"""Its layers are no nn.Linear."""
 
 
 def combinations() -> list[dict[str, Any]]:
-    """Return every tuning with every optimizer and every model; the other choices are drawn by chance."""
+    """Return every tuning with every optimizer; models and the other choices are drawn by chance."""
     rest = list(itertools.product(PRECISIONS, (False, True), (1, 2)))
     chance, found = random.Random(1), []
     for tuning, optimizer in itertools.product(TUNINGS, OPTIMIZERS):
-        for model, (precision, checkpointed, accumulated) in zip(MODELS, chance.sample(rest, len(MODELS)), strict=True):
+        fitting = [name for name in MODELS if (tuning, name) not in _IMPOSSIBLE]
+        models, choices = chance.sample(fitting, EACH), chance.sample(rest, EACH)
+        for model, (precision, checkpointed, accumulated) in zip(models, choices, strict=True):
             found.append(
                 {
                     "model": model,
@@ -63,13 +69,7 @@ def combinations() -> list[dict[str, Any]]:
                     "accumulated": accumulated,
                 }
             )
-    return [one for one in found if _possible(one)]
-
-
-def _possible(one: dict[str, Any]) -> bool:
-    if one["tuning"] == "qalora" and one["model"] == "gpt2":
-        return False  # its layers are no nn.Linear
-    return True
+    return found
 
 
 def name_of(one: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def name_of(one: dict[str, Any]) -> str:
 
 
 def spec_of(one: dict[str, Any], folder: Path) -> Any:
-    """Return the resolved recipe of a combination, over a model and rows made in a folder."""
+    """Return the resolved recipe of a combination, over a model and rows made in a folder; `more` changes the recipe."""
     from ftune.machine import probe
     from ftune.recipe import load
     from ftune.resolve import resolve
@@ -109,6 +109,8 @@ def spec_of(one: dict[str, Any], folder: Path) -> Any:
             **precision["training"],
         },
     }
+    for section, values in one.get("more", {}).items():
+        recipe[section] = {**recipe[section], **values}
     return resolve(load(recipe), probe())
 
 
@@ -139,8 +141,8 @@ def loaded(spec: Any) -> Any:
         return tuning.apply(model, options)
 
 
-def tracked_run(spec: Any) -> Any:
-    """Return the trace of a real step."""
+def tracked_run(spec: Any, lengths: tuple[int, ...] = ()) -> Any:
+    """Return the trace of a real step, and of an evaluation where the recipe has one."""
     from ftune.memory.step import Follow, Rows, evaluated_rows, steps, worst_lengths
     from ftune.memory.tracked import Tracked
 
@@ -151,14 +153,14 @@ def tracked_run(spec: Any) -> Any:
         with tracked:
             evaluated = evaluated_rows(spec)
             follow = Follow(tracked, evaluates=evaluated is not None)
-            rows = Rows(worst_lengths(spec), packed=spec.recipe.data.packing)
+            rows = Rows(lengths or worst_lengths(spec), packed=spec.recipe.data.packing)
             steps(spec, model, rows, [lambda trainer: follow], eval_rows=evaluated)
     finally:
         tracked.unfollow()
     return tracked.trace()
 
 
-def allocator_run(spec: Any) -> int:
+def allocator_run(spec: Any, lengths: tuple[int, ...] = ()) -> int:
     """Return the peak of a real step by the allocator's events, over what tensors hold when it begins."""
     import torch
     from transformers import TrainerCallback
@@ -166,11 +168,12 @@ def allocator_run(spec: Any) -> int:
     from ftune.memory.step import Rows, steps, worst_lengths
 
     peaks: list[int] = []
+    already = live_bytes()  # hooks on weights may keep the model of another run
 
     class Profile(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
             if state.global_step == 1:
-                self.before = live_bytes()
+                self.before = live_bytes() - already
                 self.profile = torch.profiler.profile(
                     activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
                 )
@@ -189,7 +192,8 @@ def allocator_run(spec: Any) -> int:
                 peaks.append(self.before + max(itertools.accumulate(changes)))
 
     model = loaded(spec)
-    steps(spec, model, Rows(worst_lengths(spec), packed=False), [lambda trainer: Profile()])
+    rows = Rows(lengths or worst_lengths(spec), packed=spec.recipe.data.packing)
+    steps(spec, model, rows, [lambda trainer: Profile()])
     return peaks[0]
 
 
@@ -221,9 +225,9 @@ def compare(one: dict[str, Any]) -> dict[str, Any]:
         except FtuneError as error:
             return {**one, "refused": str(error.problems[0].rule)}
         config = make_model(one["model"], folder / "model")
-        # First, while no other model is alive: hooks on weights keep one from being freed.
-        allocated = allocator_run(spec)
-        real, traced = tracked_run(spec), traced_here(Asked(spec, config))
+        lengths = tuple(one.get("lengths", ()))
+        allocated = allocator_run(spec, lengths)
+        real, traced = tracked_run(spec, lengths), traced_here(Asked(spec, config, lengths=lengths))
     measured, predicted = peak(real), peak(traced)
     return {
         **one,
@@ -243,10 +247,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="combinations whose name has this text")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.jsonl")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # JSON, a list of combinations
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(compare(json.loads(options.one))))
+        for one in json.loads(options.one):
+            print(json.dumps(compare(one)), flush=True)
         return
     print("| combination | predicted MiB | tracked | allocator | peak in |\n|---|---|---|---|---|", flush=True)
     found = []
@@ -260,7 +265,7 @@ def main() -> None:
 
 
 def _in_a_process(one: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(one)]
+    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps([one])]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
