@@ -79,7 +79,7 @@ def name_of(one: dict[str, Any]) -> str:
 
 
 def spec_of(one: dict[str, Any], folder: Path) -> Any:
-    """Return the resolved recipe of a combination, over a model and rows made in a folder; `more` changes the recipe."""
+    """Return the resolved recipe of a combination, over a model and rows made in a folder, changed by `more`."""
     from ftune.machine import probe
     from ftune.recipe import load
     from ftune.resolve import resolve
@@ -97,7 +97,7 @@ def spec_of(one: dict[str, Any], folder: Path) -> Any:
             **precision.get("model", {}),
         },
         "data": {"train": str(rows), "max_length": LENGTH},
-        "tuning": TUNINGS[one["tuning"]],
+        "tuning": one.get("tunings") or TUNINGS[one["tuning"]],
         "training": {
             "output_dir": str(folder / "run"),
             "per_device_train_batch_size": BATCH,
@@ -236,6 +236,7 @@ def compare(one: dict[str, Any]) -> dict[str, Any]:
         "allocator_bytes": allocated,
         "owners_agree": predicted.by_owner == measured.by_owner,
         "phases_agree": phases(traced) == phases(real),
+        "phases": list(phases(traced)),
         "phase": predicted.phase,
         "module": predicted.module,
         "operation": predicted.operation,

@@ -201,19 +201,18 @@ class Comparison:
 
 def cost(method: Method, rate: float, run: Path) -> Row:
     """Return the median time of a run's steps, and the most bytes alive in two further ones."""
-    from live_bytes import LiveBytes
-
     import ftune
+    from ftune.memory.tracked import Tracked
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    with LiveBytes() as live:
+    with Tracked() as tracked:
         ftune.train(recipe(method, rate, Stage(2, 1), str(run.with_name("bytes"))))
     steps = [line for line in lines if "loss" in line]
     return {
         "step_seconds": statistics.median(
             later["time"] - earlier["time"] for earlier, later in itertools.pairwise(steps)
         ),
-        "live_peak_bytes": live.most,
+        "live_peak_bytes": tracked.most_bytes,
         "machine": f"{os.cpu_count()} cores, {platform.python_implementation()} {platform.python_version()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")},
     }

@@ -136,9 +136,7 @@ def main() -> None:
     import json
 
     values = json.load(sys.stdin)
-    asked = Asked(
-        RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])}
-    )
+    asked = Asked(RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])})
     write(traced_here(asked), Path(sys.argv[1]))
 
 

@@ -32,6 +32,10 @@ IN_PYTHON_ON_CUDA = ("bitsandbytes::gemm_4bit",)
 """On a GPU the others are one kernel; and so is this one for up to some hundred tokens, which a batch has more of."""
 
 
+_NO_WORK = ("prim", "profiler")
+"""Operators that only ask or say something."""
+
+
 @dataclass(slots=True)
 class _Held:
     """A storage, alive or not."""
@@ -163,6 +167,8 @@ class Tracked(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         named = named or {}
+        if operation.namespace in _NO_WORK:
+            return operation(*arguments, **named)
         if operation in self._opened:
             with self:
                 return operation._op_dk(self._opened[operation], *arguments, **named)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
-from ftune import rundir
 from ftune.data.collate import Collator, padding_id
 from ftune.models.load import load_tokenizer
 from ftune.models.quiet import quiet
