@@ -31,13 +31,10 @@ class LoRA(Tuning):
     def takes_from_base(self, options: Any) -> bool:
         return str(options.init_lora_weights).startswith(("pissa", "olora"))
 
-<<<<<<< HEAD
     def without_numbers(self, model: Any, options: Any) -> Any:
         # Every start ends in the same shapes; some ask the weights for numbers.
         return self.apply(model, options.model_copy(update={"init_lora_weights": True}), batches=no_batches)
 
-=======
->>>>>>> main
     def learning_rate_of(self, name: str, weight: Any, learning_rate: float, options: Any) -> float:
         return loraplus_rate(name, weight, learning_rate, options)
 

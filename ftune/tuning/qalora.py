@@ -105,7 +105,6 @@ class QALoRA(Tuning):
         names = matched(model, options, dict(quantized_layers(model)))
         return add_pooled_lora(model, names, options, over=QuantizedLinear)
 
-<<<<<<< HEAD
     def without_numbers(self, model: Any, options: Any) -> Any:
         from ftune.quantized.minmax import fit_minmax
         from ftune.quantized.model import linear_layers, quantise, quantized_layers
@@ -114,10 +113,9 @@ class QALoRA(Tuning):
             # Whatever the fit, its codes, scales and offsets have these shapes.
             quantise(model, linear_layers(model), lambda weight: fit_minmax(weight, options.bits, options.group_size))
         return self.apply(model, options, batches=no_batches)
-=======
+
     def group_of_inputs(self, options: Any) -> int | None:
         return int(options.group_size)
->>>>>>> main
 
     def fingerprint(self, model: Any) -> str | None:
         from ftune.quantized.files import fingerprint
