@@ -220,6 +220,16 @@ def test_the_least_capacity_is_less_than_what_is_reserved_without_a_limit(size_m
     assert least_capacity(events) == (12 + size_mib) * MIB
 
 
+@pytest.mark.parametrize("pairs", range(8, 16))
+def test_segments_that_are_half_used_count_in_full(pairs: int) -> None:
+    half = 10 * MIB - 512
+    events = [Change(number, half) for number in range(2 * pairs)]
+    events += [Change(number, -half) for number in range(0, 2 * pairs, 2)]
+    events += [Change(100, 60 * MIB), Change(100, -60 * MIB), Change(101, 10 * pairs * MIB)]
+    assert replay(events).peak_reserved_bytes == (30 * pairs + 60) * MIB
+    assert least_capacity(events) == 30 * pairs * MIB
+
+
 sizes = st.one_of(
     st.integers(1, 4 * KIB),
     st.integers(MIB - 600, MIB + 600),
