@@ -194,7 +194,10 @@ def test_rounding(text: str, requested: int, allocated: int) -> None:
 
 
 def test_settings_of_the_environment() -> None:
-    assert Settings.parse("") == Settings()
+    assert Settings.parse("") == Settings.of({}) == Settings()
+    assert Settings.of({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}) == EXPANDABLE
+    both = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert Settings.of(both) == EXPANDABLE
     assert Settings.parse("expandable_segments:False,garbage_collection_threshold:0.8") == Settings()
     given = Settings.parse("expandable_segments:True,max_split_size_mb:40,max_non_split_rounding_mb:30")
     assert given == Settings(True, 40 * MIB, 30 * MIB)
