@@ -137,8 +137,8 @@ def loaded(spec: Any) -> Any:
     home = Path(recipe.training.output_dir)
     home.mkdir(exist_ok=True)
     with quiet():
-        model = tuning.prepare(model, options, directory=home, batches=lambda count: [], say=lambda line: None)
-        return tuning.apply(model, options)
+        model = tuning.prepare(model, options, directory=home, batches=plugin.no_batches, say=lambda line: None)
+        return tuning.apply(model, options, batches=plugin.no_batches)
 
 
 def tracked_run(spec: Any, lengths: tuple[int, ...] = ()) -> Any:
