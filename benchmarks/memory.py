@@ -165,7 +165,7 @@ def allocator_run(spec: Any, lengths: tuple[int, ...] = ()) -> int:
     import torch
     from transformers import TrainerCallback
 
-    from ftune.memory.step import Rows, steps, worst_lengths
+    from ftune.memory.step import Rows, evaluated_rows, steps, worst_lengths
 
     peaks: list[int] = []
     already = live_bytes()  # hooks on weights may keep the model of another run
@@ -174,26 +174,26 @@ def allocator_run(spec: Any, lengths: tuple[int, ...] = ()) -> int:
         def on_step_begin(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
             if state.global_step == 1:
                 self.before = live_bytes() - already
-                self.profile = torch.profiler.profile(
-                    activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-                )
+                cpu = [torch.profiler.ProfilerActivity.CPU]
+                self.profile = torch.profiler.profile(activities=cpu, profile_memory=True)
                 self.profile.__enter__()
 
         def on_step_end(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
-            if state.global_step == 2:
-                self.profile.__exit__(None, None, None)
-                changes = [
-                    event.nbytes()
-                    for event in sorted(
-                        self.profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()
-                    )
-                    if event.name() == "[memory]"
-                ]
-                peaks.append(self.before + max(itertools.accumulate(changes)))
+            if state.global_step == 2 and evaluated is None:
+                self.end()
 
-    model = loaded(spec)
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            self.end()
+
+        def end(self) -> None:
+            self.profile.__exit__(None, None, None)
+            events = sorted(self.profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+            changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+            peaks.append(self.before + max(itertools.accumulate(changes)))
+
+    model, evaluated = loaded(spec), evaluated_rows(spec)
     rows = Rows(lengths or worst_lengths(spec), packed=spec.recipe.data.packing)
-    steps(spec, model, rows, [lambda trainer: Profile()])
+    steps(spec, model, rows, [lambda trainer: Profile()], eval_rows=evaluated)
     return peaks[0]
 
 
