@@ -45,17 +45,25 @@ def on_meta(recipe: Recipe, config: Any) -> Any:
     dtype = getattr(config, "dtype", None) if model.dtype == "auto" else getattr(torch, model.dtype)
     more: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation != "auto":
-        more["attn_implementation"] = model.attn_implementation
+        more["attn_implementation"] = "sdpa" if is_flash(recipe) else model.attn_implementation
     with quiet(), no_init_weights(), torch.device("meta"):
         try:
             made = AutoModelForCausalLM.from_config(config, **more)
         except ValueError as error:
-            if model.attn_implementation != "sdpa" or "attention" not in str(error):
+            if more.get("attn_implementation") != "sdpa" or "attention" not in str(error):
                 raise
             # What a run falls back to, where an architecture has no fused attention.
             made = AutoModelForCausalLM.from_config(config, **{**more, "attn_implementation": "eager"})
     made.tie_weights()
     return made
+
+
+def is_flash(recipe: Recipe) -> bool:
+    """Return whether a recipe asks for the flash-attn package.
+
+    It need not be here, so PyTorch's own flash kernel stands for it, which keeps the same.
+    """
+    return recipe.model.attn_implementation.startswith("flash")
 
 
 def config_from(values: Mapping[str, Any], *, layers: int | None = None) -> Any:

@@ -111,6 +111,7 @@ def steps(
             bf16=bool(narrow),
             fp16=False,
             tf32=None,
+            torch_compile=False,
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
             dataloader_prefetch_factor=None,

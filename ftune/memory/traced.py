@@ -61,7 +61,7 @@ def trace(
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", __name__, str(answer)],
             input=json.dumps(asked),
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+            env=_alone(),
             capture_output=True,
             text=True,
             check=False,
@@ -72,6 +72,13 @@ def trace(
             why = lines[-1][:300] if lines else f"the process ended with {done.returncode}"
             raise RunError(Problem("trace-failed", what, why=why, fix="train a few steps, and read peak_memory_bytes"))
         return read(answer)
+
+
+def _alone() -> dict[str, str]:
+    """Return the environment of one process, without a GPU, that is no rank of a launch."""
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launched}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def traced_here(asked: Asked) -> Trace:
@@ -98,7 +105,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     from ftune.memory.bits import paged_on_host
     from ftune.memory.cuda import as_on_cuda
     from ftune.memory.numberless import fake_mode, numberless
-    from ftune.memory.skeleton import config_from, skeleton
+    from ftune.memory.skeleton import config_from, is_flash, skeleton
     from ftune.memory.step import Follow, Rows, evaluated_rows, steps, worst_lengths
     from ftune.memory.tracked import IN_PYTHON, IN_PYTHON_ON_CUDA, Tracked
     from ftune.memory.turns import COUNTED, Turn
@@ -125,7 +132,8 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
             if plugin.optimizer(spec.recipe.optimizer.method).pages_state:
                 stack.enter_context(paged_on_host(tracked))
         stack.enter_context(tracked)
-        rows = Rows(lengths, packed=spec.recipe.data.packing)
+        # The flash-attn package needs no mask to keep documents apart.
+        rows = Rows(lengths, packed=spec.recipe.data.packing and not is_flash(spec.recipe))
         if turn is not None:
             callbacks.append(takes_turns)
         steps(spec, model, rows, callbacks, count=counted, eval_rows=evaluated)

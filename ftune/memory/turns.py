@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ftune.memory.events import Owner
 from ftune.memory.tracked import Tracked
 from ftune.rotation.optimizer import RotatingOptimizer
 from ftune.rotation.plans import Turns
@@ -70,13 +71,19 @@ def _move_to_host(host: Any, tracked: Tracked) -> None:
             return put_away(tensor, path)  # type: ignore[no-any-return]
 
     host._put_away = moved
-    host.bring_back = _copied(host, host.bring_back)
+    host.bring_back = _copied(host, tracked)
 
 
-def _copied(host: Any, bring_back: Any) -> Any:
+def _copied(host: Any, tracked: Tracked) -> Any:
+    bring_back = host.bring_back
+
     def back(value: Any, path: Any) -> Any:
         # Where both sides are one kind of device, PyTorch would hand out the host's own tensor.
         found = bring_back(value, path)
-        return found.clone() if isinstance(found, torch.Tensor) and path in host._devices else found
+        if not (isinstance(found, torch.Tensor) and path in host._devices):
+            return found
+        copied = found.clone()
+        tracked.own(Owner.OPTIMIZER, [copied])
+        return copied
 
     return back

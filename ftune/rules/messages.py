@@ -106,6 +106,7 @@ MESSAGES = {
     "disk-full": "The disk filled up while something was written; nothing half-written was left.",
     "interrupted": "The run was stopped by the user; `ftune resume` goes on with it.",
     "loss-not-finite": "The loss is infinite or not a number: weights or activations overflowed.",
+    "trace-failed": "A training step of this model cannot be followed without its weights, so its memory is not known.",
     "merge-broken": "PEFT cannot fold this adapter into its base.",
     "export-differs": "The merged or exported model says something else than the run's; it was not kept.",
     "base-differs": "The base of an adapter has other weights than those the adapter was trained on.",
