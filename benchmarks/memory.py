@@ -141,7 +141,7 @@ def loaded(spec: Any) -> Any:
 
 def tracked_run(spec: Any) -> Any:
     """Return the trace of a real step."""
-    from ftune.memory.step import Follow, Rows, two_steps, worst_lengths
+    from ftune.memory.step import Follow, Rows, evaluated_rows, steps, worst_lengths
     from ftune.memory.tracked import Tracked
 
     model = loaded(spec)
@@ -150,7 +150,7 @@ def tracked_run(spec: Any) -> Any:
     try:
         with tracked:
             rows = Rows(worst_lengths(spec), packed=False)
-            two_steps(spec, model, rows, [lambda trainer: Follow(tracked)])
+            steps(spec, model, rows, [lambda trainer: Follow(tracked)])
     finally:
         tracked.unfollow()
     return tracked.trace()
@@ -161,7 +161,7 @@ def allocator_run(spec: Any) -> int:
     import torch
     from transformers import TrainerCallback
 
-    from ftune.memory.step import Rows, two_steps, worst_lengths
+    from ftune.memory.step import Rows, steps, worst_lengths
 
     peaks: list[int] = []
 
@@ -187,7 +187,7 @@ def allocator_run(spec: Any) -> int:
                 peaks.append(self.before + max(itertools.accumulate(changes)))
 
     model = loaded(spec)
-    two_steps(spec, model, Rows(worst_lengths(spec), packed=False), [lambda trainer: Profile()])
+    steps(spec, model, Rows(worst_lengths(spec), packed=False), [lambda trainer: Profile()])
     return peaks[0]
 
 

@@ -109,7 +109,7 @@ class CachingAllocator:
         rest = block.size - size
         if rest and self._splits(pool, size, rest):
             remaining = Block(pool, block.address + size, rest, block.expandable)
-            _link(remaining, block, block.after)
+            link(remaining, block, block.after)
             block.size = size
             pool.insert(remaining)
         block.in_use = True
@@ -275,7 +275,7 @@ class CachingAllocator:
         pool.remove(block)
         if mapped < block.size:
             rest = Block(pool, block.address + mapped, block.size - mapped, expandable=True, mapped=False)
-            _link(rest, block, block.after)
+            link(rest, block, block.after)
             pool.insert(rest)
             block.size = mapped
         block.mapped = True
@@ -293,10 +293,10 @@ class CachingAllocator:
         pool.remove(block)
         end = block.address + block.size
         if first > block.address:
-            _link(head := Block(pool, block.address, first - block.address, expandable=True), block.before, block)
+            link(head := Block(pool, block.address, first - block.address, expandable=True), block.before, block)
             pool.insert(head)
         if end > last:
-            _link(tail := Block(pool, last, end - last, expandable=True), block, block.after)
+            link(tail := Block(pool, last, end - last, expandable=True), block, block.after)
             pool.insert(tail)
         block.address, block.size, block.mapped = first, last - first, False
         self._join(pool, block)
@@ -304,7 +304,7 @@ class CachingAllocator:
         self.reserved -= last - first
 
 
-def _link(block: Block, before: Block | None, after: Block | None) -> None:
+def link(block: Block, before: Block | None, after: Block | None) -> None:
     block.before, block.after = before, after
     if before is not None:
         before.after = block

@@ -11,6 +11,7 @@ from typing import Any
 from ftune.errors import Problem, RecipeError
 from ftune.machine import Gpu, Machine, probe
 from ftune.memory.catalogue import config_folder
+from ftune.memory.events import Trace
 from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
 from ftune.memory.plan import MemoryPlan, planned
 from ftune.memory.traced import trace
@@ -49,8 +50,11 @@ def ask(recipe: str | Path | Mapping[str, Any], changes: Sequence[str] = (), *, 
 
 def plan_of(spec: RunSpec, config: Mapping[str, Any], gpu: GpuFacts | None, machine: Machine) -> MemoryPlan:
     """Return the plan of a decided run."""
-    traced = trace(spec, config, device=spec.device_type)
-    return planned(spec, traced, gpu, host_capacity_bytes=machine.memory_bytes)
+
+    def trace_of(layers: int | None) -> Trace:
+        return trace(spec, config, device=spec.device_type, layers=layers)
+
+    return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
 
 
 def _machine(gpu: str | None) -> tuple[Machine, GpuFacts | None]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from ftune.memory.tracked import Tracked
+
+_PAGED_ELEMENTS = 100_000
+"""From so many on, the library pages a tensor of state."""
 
 
 def quantise(model: Any, quantization: Mapping[str, Any]) -> None:
@@ -63,3 +69,21 @@ def _pack_8bit(layer: Any) -> None:
     weight.CB, weight.SCB = weight.data, torch.empty(layer.out_features, dtype=torch.float32)
     weight.has_fp16_weights = layer.state.has_fp16_weights
     layer._parameters["weight"] = weight
+
+
+@contextlib.contextmanager
+def paged_on_host(tracked: Tracked) -> Iterator[None]:
+    """Take the state that the library pages for memory of the host, where the GPU runs short."""
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    made = Optimizer8bit.get_state_buffer
+
+    def buffer(optimizer: Any, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        with tracked.hosting() if weight.numel() >= _PAGED_ELEMENTS else contextlib.nullcontext():
+            return made(optimizer, weight, dtype=dtype)  # type: ignore[no-any-return]
+
+    Optimizer8bit.get_state_buffer = buffer
+    try:
+        yield
+    finally:
+        Optimizer8bit.get_state_buffer = made

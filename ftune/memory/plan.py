@@ -1,20 +1,21 @@
 """What a run needs of a GPU, before it begins: bytes by what they are for, and the time of a step.
 
 Live bytes are counted from the run's own step (`traced`). What a GPU needs beyond them is a model: the caching
-allocator replayed over the same step (`replay`), and the context of the process (`constants`).
+allocator replayed over the same step (`replay`), and the context of the process (`overhead`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from ftune.memory.constants import context_bytes
 from ftune.memory.events import Owner, Trace
 from ftune.memory.gpus import GpuFacts
+from ftune.memory.layers import depth, most, peaks_of, peaks_of_depth, period
+from ftune.memory.overhead import Need, need, with_workspaces
 from ftune.memory.peak import Peak, peak
-from ftune.memory.replay import least_capacity, replay
+from ftune.memory.replay import replay
 from ftune.memory.step_time import step_time
 from ftune.resolve import RunSpec
 
@@ -34,34 +35,43 @@ class MemoryPlan:
     """What one GPU, or without one the processor, holds at the most: bytes throughout."""
 
     parts: Mapping[str, int]
-    """What is alive at the instant of the peak, and `overhead`: what the device needs beyond; their sum is the peak."""
-    live_bytes: int
-    """Of all tensors at the peak, counted from the run's own step."""
-    peak_bytes: int
-    """The least memory in which the step passes: live bytes, what the allocator cannot use, and the context."""
-    comfortable_bytes: int
-    """The memory with which the allocator never has to give anything back."""
+    """What is alive at the instant of the peak, and `overhead`: the least that the device needs beyond it."""
+    phases: Mapping[str, int]
+    """Most bytes alive in each phase of a step."""
     peak_at: str
     """Phase, module and operator."""
-    capacity_bytes: int | None
+    allocated_bytes: int
+    """What `torch.cuda.max_memory_allocated` is going to say; live bytes on a processor."""
+    need: Need
+    """Of the whole device. On a processor both ends are the live bytes."""
     device: str
-    tokens_per_step: int
-    """Of the largest batch that the recipe allows, all micro-batches and all GPUs together."""
+    capacity_bytes: int | None
     host_bytes: int
-    """Beyond the process's own: optimizer state and groups kept in the host's memory."""
+    """Kept in the host's memory beside the process: optimizer state, groups whose turn it is not."""
+    tokens_per_step: int
+    """Of the largest batch that the recipe allows, all its micro-batches together."""
     seconds_per_step: float | None
     """None where the device's speed is not known."""
-    events: Trace
+
+    @property
+    def live_bytes(self) -> int:
+        """Return what all tensors take at the peak."""
+        return sum(self.parts.values()) - self.parts["overhead"]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the least memory with which the step can pass: the sum of the parts."""
+        return sum(self.parts.values())
 
     @property
     def fits(self) -> bool | None:
-        """Return whether the step passes; None where there is no capacity to compare with."""
+        """Return whether the step can pass; None where there is no capacity to compare with."""
         return None if self.capacity_bytes is None else self.peak_bytes <= self.capacity_bytes
 
     @property
-    def tight(self) -> bool:
-        """Return whether it passes only as long as the allocator gives memory back, or on a lucky day."""
-        return bool(self.fits) and self.comfortable_bytes > (self.capacity_bytes or 0)
+    def is_tight(self) -> bool:
+        """Return whether it may not pass after all: the high end of what is needed is beyond the capacity."""
+        return bool(self.fits) and self.need.high_bytes > (self.capacity_bytes or 0)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -73,11 +83,14 @@ class MemoryPlan:
             "parts": dict(self.parts),
             "peak_bytes": self.peak_bytes,
             "live_bytes": self.live_bytes,
-            "comfortable_bytes": self.comfortable_bytes,
+            "allocated_bytes": self.allocated_bytes,
+            "high_bytes": self.need.high_bytes,
             "peak_at": self.peak_at,
+            "phases": dict(self.phases),
             "device": self.device,
             "capacity_bytes": self.capacity_bytes,
             "fits": self.fits,
+            "tight": self.is_tight,
             "host_bytes": self.host_bytes,
             "tokens_per_step": self.tokens_per_step,
             "seconds_per_step": self.seconds_per_step,
@@ -85,36 +98,82 @@ class MemoryPlan:
         }
 
 
-def planned(spec: RunSpec, trace: Trace, gpu: GpuFacts | None, *, host_capacity_bytes: int = 0) -> MemoryPlan:
-    """Return the plan of a traced step on a GPU; without one, on a processor with so much memory.
+@dataclass(frozen=True)
+class _Beyond:
+    """What a trace comes to beyond its live bytes; of a deep model by what two shallow ones differ in."""
 
-    Processors have no caching allocator: what they need beyond live bytes is the process itself, which is not planned.
+    rounding: float
+    """Bytes by which the allocator rounds requests up."""
+    unused: float
+    """Bytes that it reserves and cannot use."""
+    host: float
+    seconds: float
+
+    @staticmethod
+    def of(trace: Trace, gpu: GpuFacts, *, tf32: bool) -> _Beyond:
+        replayed = replay(with_workspaces(trace.events, gpu.capability))
+        seconds = step_time(trace.work, gpu, tf32=tf32).seconds if gpu.has_speed else 0.0
+        allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
+        return _Beyond(allocated - peak(trace).size_bytes, reserved - allocated, trace.host_bytes, seconds)
+
+    def at(self, share: float, other: _Beyond) -> _Beyond:
+        """Return the figures on the line through these (share 0) and others (share 1)."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return _Beyond(*(max(0.0, mine + (theirs - mine) * share) for mine, theirs in pairs))
+
+
+def planned(
+    spec: RunSpec,
+    config: Mapping[str, Any],
+    gpu: GpuFacts | None,
+    trace_of: Callable[[int | None], Trace],
+    *,
+    host_memory_bytes: int = 0,
+) -> MemoryPlan:
+    """Return the plan of a run on a GPU; without one, on a processor with so much memory.
+
+    `trace_of` traces the step of the model with a number of layers, or with all that it has (None).
     """
-    highest = peak(trace)
-    least = comfortable = highest.size_bytes
-    if gpu is not None:
-        context = context_bytes(gpu)
-        least = least_capacity(trace.events) + context.least
-        comfortable = replay(trace.events).peak_reserved_bytes + context.most
-    parts = {said: highest.by_owner.get(owner, 0) for owner, said in _PARTS.items()}
+    traces: dict[int | None, Trace] = {}
+
+    def traced(layers: int | None) -> Trace:
+        if layers not in traces:
+            traces[layers] = trace_of(layers)
+        return traces[layers]
+
+    layers, every = depth(config), period(config)
+    phases = peaks_of_depth(traced, layers, every=every) if every and layers else peaks_of(traced(None))
+    highest = most(phases)
     recipe = spec.recipe
-    batches = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
-    timed = gpu is not None and gpu.has_speed
+    rows = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+    parts = {said: highest.by_owner.get(owner, 0) for owner, said in _PARTS.items()}
+    if gpu is None:
+        # Without a caching allocator there is the process beside its tensors, which is not planned.
+        beyond, needs = _Beyond(0, 0, 0, 0), Need(highest.size_bytes, highest.size_bytes)
+    else:
+        beyond = _beyond(traces, layers, lambda trace: _Beyond.of(trace, gpu, tf32=bool(recipe.training.tf32)))
+        allocated = round(highest.size_bytes + beyond.rounding)
+        needs = need(allocated, round(allocated + beyond.unused), gpu.capability)
     return MemoryPlan(
-        parts={**parts, "overhead": least - highest.size_bytes},
-        live_bytes=highest.size_bytes,
-        peak_bytes=least,
-        comfortable_bytes=comfortable,
+        parts={**parts, "overhead": needs.low_bytes - highest.size_bytes},
+        phases={phase: found.size_bytes for phase, found in phases.items()},
         peak_at=_place(highest),
-        capacity_bytes=gpu.memory_bytes if gpu is not None else host_capacity_bytes or None,
+        allocated_bytes=round(highest.size_bytes + beyond.rounding),
+        need=needs,
         device=gpu.name if gpu is not None else "the processor",
-        tokens_per_step=batches * recipe.data.max_length,
-        host_bytes=trace.host_bytes,
-        seconds_per_step=step_time(trace.work, gpu, tf32=bool(recipe.training.tf32)).seconds
-        if gpu is not None and timed
-        else None,
-        events=trace,
+        capacity_bytes=gpu.memory_bytes if gpu is not None else host_memory_bytes or None,
+        host_bytes=round(beyond.host),
+        tokens_per_step=rows * recipe.data.max_length,
+        seconds_per_step=beyond.seconds or None,
     )
+
+
+def _beyond(traces: Mapping[int | None, Trace], layers: int, of: Callable[[Trace], _Beyond]) -> _Beyond:
+    whole = traces.get(layers, traces.get(None))
+    if whole is not None:
+        return of(whole)
+    few, more = sorted(number for number in traces if number is not None)[-2:]
+    return of(traces[few]).at((layers - few) / (more - few), of(traces[more]))
 
 
 def _place(highest: Peak) -> str:

@@ -49,8 +49,10 @@ def _lines(plan: MemoryPlan) -> list[str]:
     lines = [f"the peak is in {plan.peak_at}"]
     if plan.host_bytes:
         lines.append(f"the host keeps {format_bytes(plan.host_bytes)} beside the process")
-    if plan.comfortable_bytes > plan.peak_bytes:
-        lines.append(f"with {format_bytes(plan.comfortable_bytes)} the allocator never has to give memory back")
+    if plan.need.high_bytes > plan.peak_bytes:
+        lines.append(
+            f"up to {format_bytes(plan.need.high_bytes)} may be taken: what the allocator cannot use, a margin"
+        )
     if plan.seconds_per_step is not None:
         speed = plan.tokens_per_second or 0.0
         lines.append(f"about {plan.seconds_per_step:.2g} s a step, {speed:,.0f} tokens/s (a model, not measured)")
@@ -65,4 +67,4 @@ def _verdict(plan: MemoryPlan) -> str:
     if not plan.fits:
         missing = format_bytes(plan.peak_bytes - plan.capacity_bytes)
         return f"it does not fit: {has}, {missing} too little"
-    return f"it fits, tightly: {has}" if plan.tight else f"it fits: {has}"
+    return f"it may fit, tightly: {has}" if plan.is_tight else f"it fits: {has}"

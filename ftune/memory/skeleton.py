@@ -52,9 +52,16 @@ def on_meta(recipe: Recipe, config: Any) -> Any:
     return made
 
 
-def config_from(values: Mapping[str, Any]) -> Any:
-    """Return a config.json as transformers reads it."""
+def config_from(values: Mapping[str, Any], *, layers: int | None = None) -> Any:
+    """Return a config.json as transformers reads it, of another number of layers where one is given."""
     from transformers import AutoConfig
 
     kind = str(values["model_type"])
-    return AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
+    config = AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
+    if layers is not None:
+        text = config.get_text_config()
+        for key, value in list(vars(text).items()):
+            if isinstance(value, (list, tuple)) and len(value) == text.num_hidden_layers:
+                setattr(text, key, type(value)(value[:layers]))
+        text.num_hidden_layers = layers
+    return config

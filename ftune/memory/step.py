@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback
 
 from ftune.data.collate import Collator
-from ftune.memory.tracked import FORWARD, OPTIMIZER, Tracked
+from ftune.memory.tracked import EVALUATION, FORWARD, OPTIMIZER, Tracked
 from ftune.models.quiet import quiet
 from ftune.resolve import RunSpec
 from ftune.training.settings import settings_of
@@ -20,31 +22,32 @@ from ftune.training.trainer import FtuneTrainer, Parts
 
 
 class Rows(IterableDataset[dict[str, Any]]):
-    """Rows of given lengths, over and over, of which every token is learned."""
+    """Rows of given lengths, of which every token is learned; over and over, or once."""
 
     names: tuple[str, ...] = ()
 
-    def __init__(self, lengths: Sequence[int], *, packed: bool) -> None:
-        self._lengths, self._packed = tuple(lengths), packed
+    def __init__(self, lengths: Sequence[int], *, packed: bool, endless: bool = True) -> None:
+        self._lengths, self._packed, self._endless = tuple(lengths), packed, endless
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            for length in self._lengths:
-                ids = numpy.full(length, 5, dtype=numpy.int64)
-                row: dict[str, Any] = {"input_ids": ids, "labels": ids, "source": 0}
-                if self._packed:
-                    row["position_ids"] = numpy.arange(length) % ((length + 1) // 2)
-                yield row
+        for length in itertools.chain.from_iterable(
+            itertools.repeat(self._lengths) if self._endless else [self._lengths]
+        ):
+            ids = numpy.full(length, 5, dtype=numpy.int64)
+            row: dict[str, Any] = {"input_ids": ids, "labels": ids, "source": 0}
+            if self._packed:
+                row["position_ids"] = numpy.arange(length) % ((length + 1) // 2)
+            yield row
 
 
 class Follow(TrainerCallback):  # type: ignore[misc]
-    """Tells the tracker where in a step the trainer is."""
+    """Tells the tracker where in a step the trainer is, and which step counts."""
 
-    def __init__(self, tracked: Tracked) -> None:
-        self._tracked = tracked
+    def __init__(self, tracked: Tracked, counted: int = 2, *, evaluates: bool = False) -> None:
+        self._tracked, self._counted, self._evaluates = tracked, counted, evaluates
 
     def on_step_begin(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.global_step == 1:
+        if state.global_step == self._counted - 1:
             self._tracked.restart(FORWARD)
         self._tracked.enter(FORWARD)
 
@@ -54,8 +57,13 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
         self._tracked.own_survivors()
         self._tracked.enter(FORWARD)
-        if state.global_step == 2:
-            self._tracked.stop()
+        if state.global_step == self._counted:
+            self._tracked.enter(EVALUATION)
+            if not self._evaluates:
+                self._tracked.stop()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self._tracked.stop()
 
 
 def worst_lengths(spec: RunSpec) -> tuple[int, ...]:
@@ -64,19 +72,45 @@ def worst_lengths(spec: RunSpec) -> tuple[int, ...]:
     return (recipe.data.max_length,) * recipe.training.per_device_train_batch_size
 
 
-def two_steps(spec: RunSpec, model: Any, rows: Any, callbacks: Sequence[Any], *, steps: int = 2) -> None:
-    """Train for two steps and write nothing; `callbacks` are functions of the trainer that return a callback."""
+def evaluated_rows(spec: RunSpec) -> Rows | None:
+    """Return the rows of the largest batch that is evaluated; None where a recipe evaluates nothing."""
+    recipe = spec.recipe
+    if recipe.training.eval_strategy == "no" and recipe.data.eval is None:
+        return None
+    lengths = (recipe.data.max_length,) * recipe.training.per_device_eval_batch_size
+    return Rows(lengths, packed=recipe.data.packing, endless=False)
+
+
+def steps(
+    spec: RunSpec,
+    model: Any,
+    rows: Any,
+    callbacks: Sequence[Callable[[FtuneTrainer], Any]],
+    *,
+    count: int = 2,
+    eval_rows: Any = None,
+) -> None:
+    """Train for some steps, evaluate after the last one where there are rows for it, and write nothing.
+
+    `callbacks` are made of the trainer.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        training = spec.recipe.training.model_copy(update={"output_dir": folder})
+        training = spec.recipe.training.model_copy(update={"output_dir": folder, "load_best_model_at_end": False})
         recipe = dataclasses.replace(spec.recipe, training=training)
+        # A CPU has no float16 autocast for training; bfloat16 is as wide.
+        narrow = training.bf16 or training.fp16
         settings = settings_of(
             dataclasses.replace(spec, recipe=recipe),
-            max_steps=steps,
+            max_steps=count,
             save_strategy="no",
-            eval_strategy="no",
+            eval_strategy="no" if eval_rows is None else "steps",
+            eval_steps=None if eval_rows is None else count,
+            metric_for_best_model=None,
             report_to="none",
             logging_strategy="no",
             use_cpu=True,
+            bf16=bool(narrow),
+            fp16=False,
             tf32=None,
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
@@ -84,7 +118,8 @@ def two_steps(spec: RunSpec, model: Any, rows: Any, callbacks: Sequence[Any], *,
         )
         collator = Collator(0, flatten=recipe.model.attn_implementation.startswith("flash"))
         with quiet():
-            trainer = FtuneTrainer(Parts(recipe, model, None, rows, None, collator, settings), [])
+            trainer = FtuneTrainer(Parts(recipe, model, None, rows, eval_rows, collator, settings), [])
+            trainer.args.fp16 = bool(training.fp16)  # what our own optimizers ask, once nobody else does
             trainer.remove_callback(PrinterCallback)
             for callback in callbacks:
                 trainer.add_callback(callback(trainer))

@@ -7,6 +7,7 @@ The trace runs in a process of its own, `python -m ftune.memory.traced`: it chan
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -35,15 +36,28 @@ class Asked:
     """`cpu` is this machine's; `cuda` chooses operators as PyTorch does on a GPU."""
     lengths: tuple[int, ...] = ()
     """Tokens of each row of a micro-batch; empty for the largest one that the recipe allows."""
+    layers: int | None = None
+    """How many layers to trace; None for all that the model has."""
 
 
-def trace(spec: RunSpec, config: Mapping[str, Any], *, device: Device = "cpu", lengths: Sequence[int] = ()) -> Trace:
-    """Return the record of the second training step; raises RunError where this model cannot be traced."""
+def trace(
+    spec: RunSpec,
+    config: Mapping[str, Any],
+    *,
+    device: Device = "cpu",
+    lengths: Sequence[int] = (),
+    layers: int | None = None,
+) -> Trace:
+    """Return the record of a training step after the first, and of an evaluation where the recipe has one.
+
+    Raises RunError where this model cannot be traced.
+    """
     import json
 
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "trace"
-        asked = {"spec": spec.to_json(), "config": dict(config), "device": device, "lengths": list(lengths)}
+        asked = {"spec": spec.to_json(), "config": dict(config), "device": device}
+        asked |= {"lengths": list(lengths), "layers": layers}
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", __name__, str(answer)],
             input=json.dumps(asked),
@@ -61,33 +75,70 @@ def trace(spec: RunSpec, config: Mapping[str, Any], *, device: Device = "cpu", l
 
 
 def traced_here(asked: Asked) -> Trace:
-    """Trace in this process, which is then fit for nothing else."""
+    """Trace in this process, which is then fit for nothing else.
+
+    Where weights move in turn, the turn that holds most is returned.
+    """
+    from ftune import plugin
+    from ftune.memory.peak import peak
+
+    if not plugin.tuning(asked.spec.recipe.tuning.method).rotates:
+        return _traced(asked, None)[0]
+    found, number, count = [], 0, 1
+    while number < count:
+        trace, count = _traced(asked, number)
+        found.append(trace)
+        number += 1
+    return max(found, key=lambda trace: peak(trace).size_bytes)
+
+
+def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
+    """Return one trace, and how many different turns there are."""
+    from ftune import plugin
+    from ftune.memory.bits import paged_on_host
+    from ftune.memory.cuda import as_on_cuda
     from ftune.memory.numberless import fake_mode, numberless
     from ftune.memory.skeleton import config_from, skeleton
-    from ftune.memory.step import Follow, Rows, two_steps, worst_lengths
-    from ftune.memory.tracked import Tracked
+    from ftune.memory.step import Follow, Rows, evaluated_rows, steps, worst_lengths
+    from ftune.memory.tracked import IN_PYTHON, IN_PYTHON_ON_CUDA, Tracked
+    from ftune.memory.turns import COUNTED, Turn
 
-    recipe = asked.spec.recipe
-    lengths = asked.lengths or worst_lengths(asked.spec)
-    packed = recipe.data.packing
-    fake = fake_mode()
-    model = skeleton(recipe, config_from(asked.config), fake)
-    tracked = Tracked(opens=asked.device == "cpu")
+    spec, on_cuda = asked.spec, asked.device == "cuda"
+    lengths, fake = asked.lengths or worst_lengths(spec), fake_mode()
+    model = skeleton(spec.recipe, config_from(asked.config, layers=asked.layers), fake)
+    tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, keeps_chance=not on_cuda)
     tracked.follow(model)
-    try:
-        with numberless(fake, padded=len(set(lengths)) > 1), tracked:
-            rows = Rows(lengths, packed=packed)
-            two_steps(asked.spec, model, rows, [lambda trainer: Follow(tracked)])
-    finally:
-        tracked.unfollow()
-    return tracked.trace()
+    evaluated = evaluated_rows(spec)
+    counted = 2 if turn is None else COUNTED
+    turns: list[Turn] = []
+
+    def takes_turns(trainer: Any) -> Turn:
+        turns.append(Turn(trainer, tracked, turn or 0, moves=on_cuda))
+        return turns[0]
+
+    callbacks = [lambda trainer: Follow(tracked, counted, evaluates=evaluated is not None)]
+    with contextlib.ExitStack() as stack:
+        stack.callback(tracked.unfollow)
+        stack.enter_context(numberless(fake, padded=len(set(lengths)) > 1))
+        if on_cuda:
+            stack.enter_context(as_on_cuda())
+            if plugin.optimizer(spec.recipe.optimizer.method).pages_state:
+                stack.enter_context(paged_on_host(tracked))
+        stack.enter_context(tracked)
+        rows = Rows(lengths, packed=spec.recipe.data.packing)
+        if turn is not None:
+            callbacks.append(takes_turns)
+        steps(spec, model, rows, callbacks, count=counted, eval_rows=evaluated)
+    return tracked.trace(), turns[0].count if turns else 1
 
 
 def main() -> None:
     import json
 
     values = json.load(sys.stdin)
-    asked = Asked(RunSpec.from_json(values["spec"]), values["config"], values["device"], tuple(values["lengths"]))
+    asked = Asked(
+        RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])}
+    )
     write(traced_here(asked), Path(sys.argv[1]))
 
 

@@ -6,6 +6,7 @@ What operators make inside their own kernels is not seen, but for those kernels 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,14 +21,16 @@ from ftune.memory.work import Works
 
 START, FORWARD, BACKWARD, OPTIMIZER, EVALUATION = "start", "forward", "backward", "optimizer", "evaluation"
 
-_IN_PYTHON = (
+IN_PYTHON = (
     "bitsandbytes::gemm_4bit",
     "bitsandbytes::int8_mixed_scaled_mm",
     "bitsandbytes::int8_scaled_mm",
     "bitsandbytes::optimizer_update_32bit",
     "bitsandbytes::optimizer_update_8bit_blockwise",
 )
-"""Operators whose kernel for a CPU is itself made of operators; on a GPU each is one kernel."""
+"""Operators whose kernel for a CPU is itself made of operators."""
+IN_PYTHON_ON_CUDA = ("bitsandbytes::gemm_4bit",)
+"""On a GPU the others are one kernel; and so is this one for up to some hundred tokens, which a batch has more of."""
 
 
 @dataclass(slots=True)
@@ -40,24 +43,27 @@ class _Held:
     phase: str
     module: str
     operation: str
-    dtype: torch.dtype
     settled: bool = False
     """Whether somebody said what it is for, rather than the circumstances in which it was made."""
+    on_host: bool = False
 
 
 class Tracked(TorchDispatchMode):
     """Notes storages as operators take or make them, until they are freed.
 
     Who owns one is often known only later (a gradient is one once it lies in `.grad`), so that events are written out
-    at the end. `opens` lets it look into kernels that are written in Python.
+    at the end. It looks into `kernels`, which are written in Python. `keeps_chance` says whether the state of a CPU's
+    chance, which checkpointing keeps, lies where everything else does.
     """
 
-    def __init__(self, *, opens: bool = True) -> None:
+    def __init__(self, *, kernels: tuple[str, ...] = IN_PYTHON, keeps_chance: bool = True) -> None:
         super().__init__()
+        self._keeps_chance = keeps_chance
+        self._hosting = False
         self._phase, self._after_backward = START, False
-        self.live_bytes = self.most_bytes = 0
+        self.live_bytes = self.most_bytes = self.most_host_bytes = 0
         self.works = Works()
-        self._opened = _kernels_in_python() if opens else {}
+        self._opened = _keys_of(kernels)
         self._held: dict[int, _Held] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._log: list[tuple[_Held, int, str, str]] = []
@@ -110,11 +116,25 @@ class Tracked(TorchDispatchMode):
             elif not held.settled and held.phase == START:
                 held.owner, held.settled = Owner.BUFFER, True
 
+    @contextlib.contextmanager
+    def hosting(self) -> Iterator[None]:
+        """Take what is made meanwhile for memory of the host, which is counted apart."""
+        before, self._hosting = self._hosting, True
+        try:
+            yield
+        finally:
+            self._hosting = before
+
+    @property
+    def host_bytes(self) -> int:
+        """What lies in the host's memory now."""
+        return sum(held.size_bytes for held in self._held.values() if held.on_host)
+
     def restart(self, phase: str) -> None:
         """Forget what has happened; what is alive now is there from the start."""
-        self._log = [(held, held.size_bytes, START, "") for held in self._held.values()]
+        self._log = [(held, held.size_bytes, START, "") for held in self._held.values() if not held.on_host]
         self.works = Works()
-        self.most_bytes = self.live_bytes
+        self.most_bytes, self.most_host_bytes = self.live_bytes, self.host_bytes
         self.enter(phase)
 
     def enter(self, phase: str) -> None:
@@ -125,7 +145,7 @@ class Tracked(TorchDispatchMode):
         """Note nothing more."""
         self._stopped = True
 
-    def trace(self, *, host_bytes: int = 0) -> Trace:
+    def trace(self) -> Trace:
         """Return what has happened since the restart."""
         events = tuple(
             Event(
@@ -138,7 +158,7 @@ class Tracked(TorchDispatchMode):
             )
             for held, size, phase, module in self._log
         )
-        return Trace(events, self.works.listed(), host_bytes)
+        return Trace(events, self.works.listed(), self.most_host_bytes)
 
     # What happens
 
@@ -197,7 +217,8 @@ class Tracked(TorchDispatchMode):
             return None
         phase, module = self._now, self._module
         self._count += 1
-        held = _Held(self._count, size, self._owner(tensor, phase), phase, module, operation, tensor.dtype)
+        held = _Held(self._count, size, self._owner(tensor, phase), phase, module, operation)
+        held.on_host = self._hosting
         self._held[key] = held
         self._references[key] = weakref.ref(storage, lambda _, key=key: self._freed(key))
         self._grow(held, size)
@@ -215,7 +236,9 @@ class Tracked(TorchDispatchMode):
         held.size_bytes = size
 
     def _grow(self, held: _Held, size: int) -> None:
-        if self._stopped:
+        if held.on_host:
+            self.most_host_bytes = max(self.most_host_bytes, self.host_bytes)
+        if self._stopped or held.on_host:
             return
         self._log.append((held, size, self._now, self._module))
         self.live_bytes += size
@@ -267,7 +290,8 @@ class Tracked(TorchDispatchMode):
             def state() -> torch.Tensor:
                 # What checkpointing keeps of a CPU's chance, 5 kB a layer.
                 found = random_state()
-                tracked._see(found, "get_rng_state")
+                if tracked._keeps_chance:
+                    tracked._see(found, "get_rng_state")
                 return found
 
             torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
@@ -305,10 +329,10 @@ def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-def _kernels_in_python() -> dict[Any, Any]:
+def _keys_of(operations: tuple[str, ...]) -> dict[Any, Any]:
     """Return those of the operators that are installed, and the key under which each has its kernel."""
     found = {}
-    for name in _IN_PYTHON:
+    for name in operations:
         namespace, _, operation = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), operation, None)
         if packet is not None:

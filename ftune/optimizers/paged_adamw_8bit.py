@@ -13,6 +13,7 @@ from ftune.plugin import Optimizer, Setting, TrainedTensor
 class PagedAdamW8bit(Optimizer):
     name = "paged_adamw_8bit"
     summary = "8-bit AdamW with states in unified memory: peaks spill to the host instead of failing."
+    pages_state = True
     state_bytes_per_parameter = 2.03125
     state_bytes_note = (
         "two bytes and 2 x 4 / 256 of block scales; 8 bytes for embeddings and for tensors below min_8bit_size"

@@ -13,6 +13,7 @@ from ftune.plugin import Optimizer, Setting, TrainedTensor
 class PagedLion8bit(Optimizer):
     name = "paged_lion_8bit"
     summary = "8-bit Lion with states in unified memory: peaks spill to the host instead of failing."
+    pages_state = True
     state_bytes_per_parameter = 1.015625
     state_bytes_note = (
         "one byte and 4 / 256 of block scales; 4 bytes for embeddings and for tensors below min_8bit_size"

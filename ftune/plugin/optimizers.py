@@ -71,6 +71,8 @@ class Optimizer(Plugin):
     gradients: ClassVar[Gradients] = Gradients.KEPT
     calibrates: ClassVar[bool] = False
     """Whether it chooses the weights that move by the gradients of a few batches before the first step."""
+    pages_state: ClassVar[bool] = False
+    """Whether large tensors of its state move to the host where a GPU runs short."""
     averages: ClassVar[bool] = False
     """Whether what it evaluates and saves is an average of the steps, which takes the place of a falling rate."""
     state_bytes_per_parameter: ClassVar[float]

@@ -23,7 +23,7 @@ class RotatingOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """
 
     def __init__(self, parts: list[Part], plan: Plan, *, asleep: Asleep, steps_per_rate: int = 1) -> None:
-        self.parts, self.plan, self._asleep = parts, plan, asleep
+        self.parts, self.plan, self.asleep = parts, plan, asleep
         self.steps_per_rate = steps_per_rate
         """So many steps share a learning rate."""
         super().__init__([group for part in parts for group in part.shown], {})
@@ -33,6 +33,11 @@ class RotatingOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def active(self) -> list[Part]:
         """The parts that the coming step moves."""
         return [self.parts[number] for number in self.plan.active]
+
+    def follow(self, plan: Plan) -> None:
+        """Move by another plan from now on."""
+        self.plan = plan
+        self._free_active()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -55,7 +60,7 @@ class RotatingOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         return loss
 
     def _put_to_sleep(self, part: Part) -> None:
-        if self._asleep == "drop":
+        if self.asleep == "drop":
             part.forget()
         else:
             part.put_away()
@@ -79,7 +84,7 @@ class RotatingOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._free_active()
         for number, part in enumerate(self.parts):
             part.load_state_dict(state_dict["state"].get(number))
-            if self._asleep == "host":
+            if self.asleep == "host":
                 part.put_away()
 
 

@@ -18,6 +18,11 @@ class Plan(ABC):
     active: tuple[int, ...]
     """The units that the coming step moves."""
 
+    @property
+    @abstractmethod
+    def sets(self) -> list[tuple[int, ...]]:
+        """Sets of units that may move together: every one, or one that stands for those that chance may draw."""
+
     @abstractmethod
     def advance(self) -> None:
         """Go on to the next step."""
@@ -47,6 +52,10 @@ class Turns(Plan):
     @property
     def active(self) -> tuple[int, ...]:  # type: ignore[override]
         return self._sets[self._order[self._turn]]
+
+    @property
+    def sets(self) -> list[tuple[int, ...]]:
+        return list(self._sets)
 
     def advance(self) -> None:
         self._step += 1
@@ -81,6 +90,10 @@ class Draws(Plan):
     @property
     def active(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(sorted((*self._always, *self._drawn)))
+
+    @property
+    def sets(self) -> list[tuple[int, ...]]:
+        return [tuple(sorted((*self._always, *self._others[: self._count])))]
 
     def advance(self) -> None:
         self._step += 1

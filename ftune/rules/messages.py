@@ -16,7 +16,7 @@ MESSAGES = {
     "recipe-mapping": "A recipe given from Python holds something that YAML cannot write.",
     "unknown-key": "No section, or not this one, has a key of that name.",
     "unknown-method": "There is no optimizer, tuning, objective or format of that name.",
-    "gpu-name": "`ftune plan --gpu` names no GPU that ftune knows, or several with different memory.",
+    "gpu-name": "`--gpu` names no GPU that ftune knows, or several with different memory.",
     "unknown-configuration": "A model is planned for whose config.json is neither in a directory nor in the catalogue.",
     "unknown-finding": "`data.audit_ignore` names something that the audit of the rows never finds.",
     "not-packed": "`ftune preview --packing` was asked for rows that are never packed, such as preferences.",
