@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ftune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
+    from ftune.memory.plan import MemoryPlan
     from ftune.training.result import RunResult
 
 RecipeLike = str | Path | Mapping[str, Any]
@@ -23,6 +24,16 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> list[Problem]:
         return examine(recipe, overrides, probe())[1]
     except RecipeError as error:
         return list(error.problems)
+
+
+def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, gpu: str | None = None) -> MemoryPlan:
+    """Return what a run needs of a GPU, by name or size, else of this machine; raises ftune.errors.FtuneError.
+
+    A step of the run is traced in a process of its own, which takes seconds.
+    """
+    from ftune.memory.ask import ask
+
+    return ask(recipe, overrides, gpu=gpu).plan
 
 
 def train(recipe: RecipeLike, overrides: Sequence[str] = (), *, plain: bool = True) -> RunResult:

@@ -13,6 +13,7 @@ from ftune.machine import Gpu, Machine, probe
 from ftune.memory.catalogue import config_folder
 from ftune.memory.events import Trace
 from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
+from ftune.memory.passes import of_many_passes
 from ftune.memory.plan import MemoryPlan, planned
 from ftune.memory.traced import trace
 from ftune.places import PACKAGE, expanded
@@ -61,7 +62,7 @@ def plan_of(spec: RunSpec, config: Mapping[str, Any], gpu: GpuFacts | None, mach
     """Return the plan of a decided run."""
 
     def trace_of(layers: int | None) -> Trace:
-        return trace(spec, config, device=spec.device_type, layers=layers)
+        return of_many_passes(spec, lambda few: trace(few, config, device=few.device_type, layers=layers))
 
     return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
 

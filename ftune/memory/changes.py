@@ -125,25 +125,22 @@ def _same_optimizer(situation: Situation) -> Iterator[Option]:
             costs += "; time: clipping by the global norm takes a second backward"
             settings["training.max_grad_norm"] = situation.decided.training.max_grad_norm
         slower = 5 / 3 if clips else 1.0
-        for further, said in _accumulating(other, exact=True):
-            yield Option("optimizer_form", settings, costs + said, further, slower=slower, never_faster=clips)
+        further, said = _accumulating(other, exact=True)
+        yield Option("optimizer_form", settings, costs + said, further, slower=slower, never_faster=clips)
     if own.gradients is Gradients.FUSED and not own.accumulates(situation.decided.optimizer.options):
-        for further, said in _accumulating(own, exact=True):
-            yield Option("optimizer_form", {}, "smaller micro-batches" + said, further)
+        further, said = _accumulating(own, exact=True)
+        yield Option("optimizer_form", {}, "smaller micro-batches" + said, further)
 
 
-def _accumulating(optimizer: Optimizer, *, exact: bool) -> Iterator[tuple[Settings, str]]:
-    """Yield how several micro-batches become one step, and what is to be said of it."""
-    if "accumulate" not in optimizer.Options.model_fields:
-        yield {}, ""
-        return
-    yield {"training.optim_args.accumulate": "forward"}, "; one backward over the graphs of all micro-batches"
-    if exact:
-        settings = {"training.optim_args.accumulate": "buffer", "training.optim_args.buffer": "host"}
-        yield settings, "; gradients are added up in the host's memory, 4 bytes for each weight"
-    else:
-        settings = {"training.optim_args.accumulate": "buffer"}
-        yield settings, "; gradients are added up in bfloat16, rounded by chance"
+def _accumulating(optimizer: Optimizer, *, exact: bool) -> tuple[Settings, str]:
+    """Return how several micro-batches become one step inside backward, and what is to be said of it."""
+    if optimizer.gradients is not Gradients.FUSED or "accumulate" not in optimizer.Options.model_fields:
+        return {}, ""
+    settings = {"training.optim_args.accumulate": "buffer"}
+    if not exact:
+        return settings, "; gradients of micro-batches are added up in bfloat16, rounded by chance"
+    settings["training.optim_args.buffer"] = "host"
+    return settings, "; gradients of micro-batches are added up in the host's memory, 4 bytes for each weight"
 
 
 def _other_optimizer(situation: Situation) -> Iterator[Option]:
@@ -161,9 +158,8 @@ def _other_optimizer(situation: Situation) -> Iterator[Option]:
         costs = f"other numbers: {other.summary[:1].lower()}{other.summary[1:].rstrip('.')}"
         costs += _new_rate(settings, given)
         slower = 5 / 3 if other.gradients is Gradients.FUSED and other.default_max_grad_norm > 0 else 1.0
-        ways = _accumulating(other, exact=False) if other.gradients is Gradients.FUSED else iter([({}, "")])
-        for further, said in ways:
-            yield Option("optimizer", settings, costs + said, further, gives_up=1, slower=slower)
+        further, said = _accumulating(other, exact=False)
+        yield Option("optimizer", settings, costs + said, further, gives_up=1, slower=slower)
 
 
 def _other_tuning(situation: Situation) -> Iterator[Option]:
