@@ -33,10 +33,10 @@ class Bounds:
             bits = _FEWEST_BITS if tuning.takes_codes else 4 if _in_4_bits(tuning.quantization(options)) else 8
             return self._in_few_bits(recipe, bits)
         model, trained = self._tuned(recipe)
-        weights = sum(tensor.nbytes for tensor in _tensors(model))
+        weights: int = sum(tensor.nbytes for tensor in _tensors(model))
         if tuning.rotates:
             return weights  # whose states and gradients may be asleep, on the host or nowhere
-        gradients = sum(weight.nbytes for weight in trained) if optimizer.gradients is Gradients.KEPT else 0
+        gradients: int = sum(weight.nbytes for weight in trained) if optimizer.gradients is Gradients.KEPT else 0
         state = (
             0.0 if optimizer.pages_state else tuning.state_bytes(model, trained, state_bytes_of(model, recipe), options)
         )

@@ -327,5 +327,5 @@ def settings_with(situation: Situation, options: Iterable[Option], rows: int) ->
     passes = training.per_device_train_batch_size * training.gradient_accumulation_steps // rows
     found: dict[str, Any] = {}
     for option in options:
-        found |= option.settings | (option.with_several_passes if passes > 1 else {})
-    return found | batch_settings(situation, rows)
+        found |= {**option.settings, **(option.with_several_passes if passes > 1 else {})}
+    return {**found, **batch_settings(situation, rows)}

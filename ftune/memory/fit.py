@@ -12,8 +12,10 @@ from ftune.machine import Machine
 from ftune.memory.ask import config_of_model, machine_with, plan_of, plannable
 from ftune.memory.bounds import Bounds
 from ftune.memory.changes import ROWS, Option, Situation, allowable, check_allowed, settings_with
+from ftune.memory.gpus import GpuFacts
+from ftune.memory.overhead import need
 from ftune.memory.plan import MemoryPlan
-from ftune.memory.search import Candidate, Left, Refused, Search, Tried
+from ftune.memory.search import Candidate, Left, Refused, Room, Search, Tried
 from ftune.memory.tracer import kept_tracer
 from ftune.recipe import Loaded, source, validate
 from ftune.recipe.edits import REMOVED, edited
@@ -77,14 +79,14 @@ def fit(
     loaded, problems = plannable(recipe, overrides, machine)
     loaded = _overrides_written(loaded)
     spec = resolve(loaded, machine, fingerprints=False)
-    capacity = facts.memory_bytes if facts is not None else machine.memory_bytes
+    room = _room(facts, machine)
     config = config_of_model(spec.recipe.model)
 
     def plan(one: RunSpec) -> MemoryPlan:
         return plan_of(one, config, facts, machine)
 
     with kept_tracer():
-        return searched(loaded, machine, allowed, plan, Bounds(config), capacity, problems)
+        return searched(loaded, machine, allowed, plan, Bounds(config), room, problems)
 
 
 def searched(
@@ -93,7 +95,7 @@ def searched(
     allowed: frozenset[str],
     plan: Callable[[RunSpec], MemoryPlan],
     bounds: Bounds,
-    capacity: int,
+    room: Room,
     problems: Iterable[Problem] = (),
 ) -> Fit:
     """Return what a search finds with a function that plans a recipe."""
@@ -106,7 +108,7 @@ def searched(
     def bound(spec: RunSpec) -> int:
         return bounds.of(spec.recipe)
 
-    search = Search(situation, build, plan, bound, capacity)
+    search = Search(situation, build, plan, bound, room)
     first = search.candidate((), decided.training.per_device_train_batch_size)
     assert isinstance(first, Candidate)
     search.plan(first.spec)  # raises what is wrong with the recipe itself
@@ -115,9 +117,17 @@ def searched(
     found = search.run()
     after = found or min(search.tried.values(), key=lambda tried: (tried.plan.peak_bytes, tried.num_changes))
     changes = _changes(search, situation, before, after)
-    buys = () if found else _buys(situation, build, bound, capacity)
+    buys = () if found else _buys(situation, build, bound, room.tight_bytes)
     tried, left = tuple(search.tried.values()), tuple(search.left.values())
     return Fit(before, after, found is not None, changes, tried, left, buys, tuple(problems))
+
+
+def _room(facts: GpuFacts | None, machine: Machine) -> Room:
+    """Return what is left for tensors beside the context and a margin."""
+    if facts is None:
+        return Room(machine.memory_bytes, machine.memory_bytes)
+    beside = need(0, 0, facts.capability)
+    return Room(facts.memory_bytes - beside.low_bytes, facts.memory_bytes - beside.high_bytes)
 
 
 def built(loaded: Loaded, machine: Machine, settings: Mapping[str, Any]) -> Candidate | Refused:

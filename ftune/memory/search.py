@@ -53,9 +53,9 @@ class Tried:
     cost: float
     """Seconds for each token; where nothing can be timed, a number that only says what is slower."""
 
-    @property
-    def is_comfortable(self) -> bool:
-        return bool(self.plan.fits) and not self.plan.is_tight
+    def fits(self, comfortable: bool) -> bool:
+        """Return whether it fits, with a margin if asked."""
+        return bool(self.plan.fits) and not (comfortable and self.plan.is_tight)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ class Left:
     reason: str
 
 
+@dataclass(frozen=True)
+class Room:
+    """What the device leaves for a run's tensors: less where it is to be comfortable."""
+
+    tight_bytes: int
+    comfortable_bytes: int
+
+
 Build = Callable[[Mapping[str, Any]], Candidate | Refused]
 PlanOf = Callable[[RunSpec], MemoryPlan]
 
@@ -75,13 +83,13 @@ class Search:
     """One search; what was planned is kept, and planned once."""
 
     def __init__(
-        self, situation: Situation, build: Build, plan_of: PlanOf, bound_of: Callable[[RunSpec], int], capacity: int
+        self, situation: Situation, build: Build, plan_of: PlanOf, bound_of: Callable[[RunSpec], int], room: Room
     ) -> None:
         self.situation = situation
         self.rows = same_batch(situation)
         self.tried: dict[tuple[str, int], Tried] = {}
         self.left: dict[tuple[str, int | None], Left] = {}
-        self._build, self._plan_of, self._bound_of, self._capacity = build, plan_of, bound_of, capacity
+        self._build, self._plan_of, self._bound_of, self._room = build, plan_of, bound_of, room
         self._built: dict[tuple[str, int], Candidate | Refused] = {}
         self._plans: dict[str, MemoryPlan] = {}
 
@@ -89,9 +97,9 @@ class Search:
         """Return what to take: a comfortable set of changes, else a tight one; None where nothing fits."""
         sets = combinations(self.situation)
         tiers = sorted({_gives_up(options) for options in sets})
-        for fits in (lambda tried: tried.is_comfortable, lambda tried: bool(tried.plan.fits)):
+        for comfortable in (True, False):
             for tier in tiers:
-                found = self._of_tier([options for options in sets if _gives_up(options) == tier], fits)
+                found = self._of_tier([options for options in sets if _gives_up(options) == tier], comfortable)
                 if found:
                     return best(found)
         return None
@@ -131,7 +139,7 @@ class Search:
         except RunError as error:
             return Refused(error.problems[0].what)
 
-    def _of_tier(self, sets: list[tuple[Option, ...]], fits: Callable[[Tried], bool]) -> list[Tried]:
+    def _of_tier(self, sets: list[tuple[Option, ...]], comfortable: bool) -> list[Tried]:
         found: list[Tried] = []
         whole: set[str] = set()
         for options in sorted(sets, key=lambda options: (_slower(options), len(options))):
@@ -139,13 +147,13 @@ class Search:
                 reason = "slower than the same without, which fits as one batch"
                 self.left[_key(options), None] = Left(options, None, reason)
                 continue
-            more = self._of_set(options, fits, min((tried.cost for tried in found), default=math.inf))
+            more = self._of_set(options, comfortable, min((tried.cost for tried in found), default=math.inf))
             if more and more[0].rows == self.rows[0]:
                 whole.add(_key(options))
             found += more
         return found
 
-    def _of_set(self, options: tuple[Option, ...], fits: Callable[[Tried], bool], beat: float) -> list[Tried]:
+    def _of_set(self, options: tuple[Option, ...], comfortable: bool, beat: float) -> list[Tried]:
         """Return the largest micro-batch that fits, and the recipe's own where that fits too."""
         rows = []
         for count in self.rows:
@@ -156,43 +164,43 @@ class Search:
                 rows.append(count)
         if not rows:
             return []
-        reason = self._hopeless(options, rows[0], beat)
+        reason = self._hopeless(options, rows[0], beat, comfortable)
         if reason:
             self.left[_key(options), None] = Left(options, None, reason)
             return []
         first = self.evaluate(options, rows[0])
         if first is None:
             return []
-        if not fits(first):
+        if not first.fits(comfortable):
             if first.cost > beat * _AS_FAST:
                 self.left[_key(options), None] = Left(options, None, "slower than what fits")
                 return []
-            first = self._largest(options, rows[1:], fits)
+            first = self._largest(options, rows[1:], comfortable)
         if first is None or first.cost > beat * _AS_FAST:
             return [first] if first else []
         own = self.situation.decided.training.per_device_train_batch_size
         second = self.evaluate(options, own) if own in rows and own < first.rows else None
-        return [first, second] if second is not None and fits(second) else [first]
+        return [first, second] if second is not None and second.fits(comfortable) else [first]
 
-    def _largest(self, options: tuple[Option, ...], rows: list[int], fits: Callable[[Tried], bool]) -> Tried | None:
+    def _largest(self, options: tuple[Option, ...], rows: list[int], comfortable: bool) -> Tried | None:
         """Return the largest micro-batch that fits, found by halving; `rows` come with the largest first."""
         low, high = 0, len(rows)
         found = None
         while low < high:
             middle = (low + high) // 2
             tried = self.evaluate(options, rows[middle])
-            if tried is not None and fits(tried):
+            if tried is not None and tried.fits(comfortable):
                 found, high = tried, middle
             else:
                 low = middle + 1
         return found
 
-    def _hopeless(self, options: tuple[Option, ...], rows: int, beat: float) -> str:
+    def _hopeless(self, options: tuple[Option, ...], rows: int, beat: float, comfortable: bool) -> str:
         """Return why a set need not be traced."""
         candidate = self.candidate(options, rows)
         assert isinstance(candidate, Candidate)
         bound = self._bound_of(candidate.spec)
-        if bound > self._capacity:
+        if bound > (self._room.comfortable_bytes if comfortable else self._room.tight_bytes):
             return f"weights, gradients and optimizer state alone take {format_bytes(bound)}"
         times = [tried for tried in self.tried.values() if tried.plan.seconds_per_step is not None]
         if not times and self._declared_cost(options, rows) > beat * _AS_FAST:

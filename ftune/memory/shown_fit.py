@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, TextIO
 
+from ftune.memory.changes import Option
 from ftune.memory.fit import Change, Fit
 from ftune.memory.search import Tried
 from ftune.recipe.edits import flow
@@ -25,7 +26,14 @@ def show_fit(found: Fit, stream: TextIO) -> None:
     has = f"; {plan.device} has {format_bytes(plan.capacity_bytes)}" if plan.capacity_bytes else ""
     console.print(f"recipes with the same batch of {_batch(found)} rows a step{has}")
     table = Table(box=box.ASCII2 if not console.is_terminal else box.SIMPLE_HEAD)
-    sides = {"changes": "left", "needs": "right", "at most": "right", "s a step": "right", "": "left"}
+    sides = {
+        "changes": "left",
+        "rows x passes": "right",
+        "needs": "right",
+        "at most": "right",
+        "s a step": "right",
+        "": "left",
+    }
     for name, side in sides.items():
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for tried in _shown(found):
@@ -49,11 +57,12 @@ def _shown(found: Fit) -> list[Tried]:
 
 def _row(tried: Tried, found: Fit) -> tuple[str, ...]:
     seconds = tried.plan.seconds_per_step
-    verdict = "fits" if tried.is_comfortable else "tight" if tried.plan.fits else "too large"
+    verdict = "fits" if tried.fits(comfortable=True) else "tight" if tried.plan.fits else "too large"
     if tried is found.after:
         verdict += ", taken" if found.fits else ", nearest"
     return (
-        _said(tried),
+        "\n".join(_said(option) for option in tried.options) or "none",
+        f"{tried.rows} x {_batch(found) // tried.rows}",
         format_bytes(tried.plan.peak_bytes),
         format_bytes(tried.plan.need.high_bytes),
         f"{seconds:.2g}" if seconds is not None else "",
@@ -61,10 +70,11 @@ def _row(tried: Tried, found: Fit) -> tuple[str, ...]:
     )
 
 
-def _said(tried: Tried) -> str:
-    settings = tried.candidate.settings.items()
-    said = [f"{key.removeprefix('training.')}: {_value(value)}" for key, value in settings]
-    return ", ".join(said) or "none"
+def _said(option: Option) -> str:
+    """Return the first of the keys that an option sets, which the others follow."""
+    key, value = next(iter((option.settings or option.with_several_passes).items()))
+    value = value["method"] if isinstance(value, dict) else value
+    return f"{key.removeprefix('training.')}: {_value(value)}"
 
 
 def _value(value: Any) -> str:

@@ -171,7 +171,8 @@ def _end(text: str, node: Any) -> int:
         if isinstance(last, tuple):
             return max(_end(text, last[1]), _colon(text, last[0])) if _is_empty(last[1]) else _end(text, last[1])
         return _end(text, last)
-    start, end = node.start_mark.index, node.end_mark.index
+    start: int = node.start_mark.index
+    end: int = node.end_mark.index
     return start + len(text[start:end].rstrip())
 
 
