@@ -1,7 +1,7 @@
 """Steps of many micro-batches from those of few.
 
 Where gradients are added up, the third micro-batch finds memory as the second did, and computes the same: what a step
-holds is that of three, and each further one adds what the third did.
+holds is that of three and the rows of the others, and each further one computes what the third did.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Callable
 
 from ftune import plugin
-from ftune.memory.events import Trace, Work
+from ftune.memory.events import Event, Owner, Trace, Work
+from ftune.memory.peak import peak
 from ftune.plugin import Gradients
 from ftune.resolve import RunSpec
 
@@ -23,7 +24,16 @@ def of_many_passes(spec: RunSpec, trace_of: Callable[[RunSpec], Trace]) -> Trace
     if passes <= _FEW + _MORE or not _adds_up(spec):
         return trace_of(spec)
     few, more = trace_of(_with(spec, _FEW)), trace_of(_with(spec, _MORE))
-    return dataclasses.replace(more, work=_extended(few.work, more.work, passes))
+    events = _with_rows(more.events, (passes - _MORE) * (peak(more).size_bytes - peak(few).size_bytes))
+    return dataclasses.replace(more, events=events, work=_extended(few.work, more.work, passes))
+
+
+def _with_rows(events: tuple[Event, ...], size_bytes: int) -> tuple[Event, ...]:
+    """Return events after the rows of further micro-batches: those of a step are on the device from its start."""
+    if size_bytes <= 0:
+        return events
+    number = 1 + max(event.storage for event in events)
+    return (Event(number, size_bytes, Owner.BUFFER, events[0].phase, "", ""), *events)
 
 
 def _adds_up(spec: RunSpec) -> bool:

@@ -184,8 +184,10 @@ class Search:
 
     def _largest(self, options: tuple[Option, ...], rows: list[int], comfortable: bool) -> Tried | None:
         """Return the largest micro-batch that fits, found by halving; `rows` come with the largest first."""
-        low, high = 0, len(rows)
-        found = None
+        found = self.evaluate(options, rows[-1]) if rows else None
+        if found is None or not found.fits(comfortable):
+            return None
+        low, high = 0, len(rows) - 1
         while low < high:
             middle = (low + high) // 2
             tried = self.evaluate(options, rows[middle])

@@ -47,9 +47,7 @@ class _Tracer:
 
     def end(self) -> None:
         if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            self._process.wait()
+            self._process.communicate()
 
 
 _kept: list[_Tracer] = []

@@ -13,10 +13,12 @@ import pytest
 
 from ftune.memory.ask import machine_with, plan_of, plannable
 from ftune.memory.bounds import Bounds
-from ftune.memory.changes import check_allowed, combinations, same_batch
-from ftune.memory.fit import searched
+from ftune.memory.changes import Situation, check_allowed, combinations, same_batch
+from ftune.memory.fit import built, searched
+from ftune.memory.passes import of_many_passes
+from ftune.memory.peak import peak
 from ftune.memory.plan import MemoryPlan
-from ftune.memory.search import Room, best
+from ftune.memory.search import Room, Search, best
 from ftune.memory.tracer import kept_tracer
 from ftune.memory.traced import trace
 from ftune.recipe import load, overrides, source
@@ -88,10 +90,6 @@ def test_it_takes_what_a_trace_of_every_candidate_says(folder: Path, tracer: Non
         planner.capacity, planner.asked = capacity, set()
         # No room is too small for a bound here: the bounds have a test of their own.
         return searched(loaded, planner.machine, check_allowed([]), planner, bounds, Room(capacity, capacity))
-
-    from ftune.memory.changes import Situation
-    from ftune.memory.fit import built
-    from ftune.memory.search import Search
 
     decided = resolve(loaded, planner.machine, fingerprints=False).recipe
     situation = Situation(loaded, decided)
@@ -166,9 +164,6 @@ def test_many_passes_are_told_from_few(folder: Path, tracer: None) -> None:
     loaded, _ = plannable(folder / "recipe.yaml", settings, planner.machine)
     spec = resolve(loaded, planner.machine, fingerprints=False)
     whole = trace(spec, _CONFIG, device="cuda")
-    from ftune.memory.passes import of_many_passes
-    from ftune.memory.peak import peak
-
     asked: list[int] = []
 
     def few(one: RunSpec) -> Any:
