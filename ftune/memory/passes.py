@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ftune import plugin
 from ftune.memory.events import Event, Owner, Trace, Work
-from ftune.memory.peak import peak
+from ftune.memory.peak import Peak, peak
 from ftune.plugin import Gradients
 from ftune.resolve import RunSpec
 
@@ -24,16 +24,19 @@ def of_many_passes(spec: RunSpec, trace_of: Callable[[RunSpec], Trace]) -> Trace
     if passes <= _FEW + _MORE or not _adds_up(spec):
         return trace_of(spec)
     few, more = trace_of(_with(spec, _FEW)), trace_of(_with(spec, _MORE))
-    events = _with_rows(more.events, (passes - _MORE) * (peak(more).size_bytes - peak(few).size_bytes))
+    events = (*_rows_of(peak(few), peak(more), passes, more.events), *more.events)
     return dataclasses.replace(more, events=events, work=_extended(few.work, more.work, passes))
 
 
-def _with_rows(events: tuple[Event, ...], size_bytes: int) -> tuple[Event, ...]:
-    """Return events after the rows of further micro-batches: those of a step are on the device from its start."""
-    if size_bytes <= 0:
-        return events
-    number = 1 + max(event.storage for event in events)
-    return (Event(number, size_bytes, Owner.BUFFER, events[0].phase, "", ""), *events)
+def _rows_of(few: Peak, more: Peak, passes: int, events: tuple[Event, ...]) -> list[Event]:
+    """Return the rows of further micro-batches: those of a step are all on the device from its start."""
+    free = 1 + max(event.storage for event in events)
+    sizes = ((owner, (passes - _MORE) * (more.by_owner[owner] - few.by_owner[owner])) for owner in Owner)
+    return [
+        Event(free + number, size, owner, events[0].phase, "", "")
+        for number, (owner, size) in enumerate(sizes)
+        if size > 0
+    ]
 
 
 def _adds_up(spec: RunSpec) -> bool:

@@ -19,8 +19,8 @@ from ftune.memory.passes import of_many_passes
 from ftune.memory.peak import peak
 from ftune.memory.plan import MemoryPlan
 from ftune.memory.search import Room, Search, best
-from ftune.memory.tracer import kept_tracer
 from ftune.memory.traced import trace
+from ftune.memory.tracer import kept_tracer
 from ftune.recipe import load, overrides, source
 from ftune.resolve import RunSpec, resolve
 
