@@ -106,7 +106,10 @@ def searched(
         return built(loaded, machine, settings)
 
     def bound(spec: RunSpec) -> int:
-        return bounds.of(spec.recipe)
+        try:
+            return bounds.of(spec.recipe)
+        except Exception:  # what a model cannot be tuned so for, its trace says, whatever library refused it
+            return 0
 
     search = Search(situation, build, plan, bound, room)
     first = search.candidate((), decided.training.per_device_train_batch_size)
@@ -235,14 +238,6 @@ def _buys(
         offered = dataclasses.replace(situation, allowed=frozenset({name}))
         for option in (option for row in ROWS for option in row.options(offered) if option.gives_up):
             made = build(settings_with(situation, (option,), situation.decided.training.per_device_train_batch_size))
-            if isinstance(made, Candidate) and (least := _told(bound, made)) is not None and least < capacity:
+            if isinstance(made, Candidate) and 0 < (least := bound(made.spec)) < capacity:
                 found[name] = min(least, found.get(name, least))
     return tuple(sorted(found.items(), key=lambda item: item[1]))
-
-
-def _told(bound: Callable[[RunSpec], int], candidate: Candidate) -> int | None:
-    """Return a bound; None where the model cannot be tuned so."""
-    try:
-        return bound(candidate.spec)
-    except FtuneError:
-        return None
