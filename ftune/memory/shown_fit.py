@@ -11,6 +11,8 @@ from ftune.memory.search import Tried
 from ftune.recipe.edits import flow
 from ftune.units import format_bytes
 
+_WIDTH = 110
+"""Columns where there is no terminal to ask."""
 _MOST_ROWS = 12
 """Candidates that are shown; all are in the search."""
 
@@ -21,7 +23,7 @@ def show_fit(found: Fit, stream: TextIO) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream, highlight=False, soft_wrap=True)
+    console = Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else _WIDTH)
     plan = found.after.plan
     has = f"; {plan.device} has {format_bytes(plan.capacity_bytes)}" if plan.capacity_bytes else ""
     console.print(f"recipes with the same batch of {_batch(found)} rows a step{has}")
@@ -35,7 +37,7 @@ def show_fit(found: Fit, stream: TextIO) -> None:
         "": "left",
     }
     for name, side in sides.items():
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
     for tried in _shown(found):
         table.add_row(*_row(tried, found))
     console.print(table)

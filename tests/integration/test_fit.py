@@ -141,10 +141,11 @@ def test_it_takes_what_a_trace_of_every_candidate_says(folder: Path, tracer: Non
 def test_bounds_are_below_what_is_traced(folder: Path, tracer: None, changes: dict[str, Any]) -> None:
     planner = Planner()
     sections = source.parse("", (folder / "recipe.yaml").read_text()).data
+    sections["data"]["max_length"] = 16  # so that weights are most of what is held
     loaded = load({name: {**sections.get(name, {}), **changes.get(name, {})} for name in (*sections, *changes)})
     spec = resolve(loaded, planner.machine, fingerprints=False)
     bound, live = Bounds(_CONFIG).of(spec.recipe), planner(spec).live_bytes
-    assert 0.05 * live < bound <= live
+    assert 0.25 * live < bound <= live
 
 
 @pytest.mark.slow
