@@ -13,9 +13,11 @@ from ftune.machine import Gpu, Machine, probe
 from ftune.memory.catalogue import config_folder
 from ftune.memory.events import Trace
 from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
+from ftune.memory.passes import of_many_passes
 from ftune.memory.plan import MemoryPlan, planned
 from ftune.memory.traced import trace
 from ftune.places import PACKAGE, expanded
+from ftune.recipe import Loaded
 from ftune.recipe.schema import Model
 from ftune.resolve import RunSpec, examine, raise_errors, resolve
 
@@ -38,26 +40,34 @@ def ask(recipe: str | Path | Mapping[str, Any], changes: Sequence[str] = (), *, 
 
     Neither weights nor data need be there. Raises RecipeError and MachineError, and RunError for what cannot be traced.
     """
-    machine, facts = _machine(gpu)
+    machine, facts = machine_with(gpu)
+    loaded, problems = plannable(recipe, changes, machine)
+    spec = resolve(loaded, machine, fingerprints=False)
+    return Planned(spec, tuple(problems), plan_of(spec, config_of_model(spec.recipe.model), facts, machine))
+
+
+def plannable(
+    recipe: str | Path | Mapping[str, Any], changes: Sequence[str], machine: Machine
+) -> tuple[Loaded, list[Problem]]:
+    """Return a recipe that could be trained if its rows were here, and what is odd about it."""
     loaded, problems = examine(recipe, changes, machine, trains=False)
     # The rows need not be here: a plan is of the longest that the recipe allows.
     problems = [problem for problem in problems if not problem.rule.startswith("data-")]
     raise_errors(problems)
     assert loaded is not None
-    spec = resolve(loaded, machine, fingerprints=False)
-    return Planned(spec, tuple(problems), plan_of(spec, config_of_model(spec.recipe.model), facts, machine))
+    return loaded, problems
 
 
 def plan_of(spec: RunSpec, config: Mapping[str, Any], gpu: GpuFacts | None, machine: Machine) -> MemoryPlan:
     """Return the plan of a decided run."""
 
     def trace_of(layers: int | None) -> Trace:
-        return trace(spec, config, device=spec.device_type, layers=layers)
+        return of_many_passes(spec, lambda few: trace(few, config, device=few.device_type, layers=layers))
 
     return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
 
 
-def _machine(gpu: str | None) -> tuple[Machine, GpuFacts | None]:
+def machine_with(gpu: str | None) -> tuple[Machine, GpuFacts | None]:
     """Return the machine that a run is planned for, and what is known of its GPU."""
     machine = probe()
     if gpu is None:

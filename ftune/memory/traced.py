@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from typing import Any, Literal
 
 from ftune.errors import Problem, RunError
 from ftune.memory.events import Trace
+from ftune.memory.tracer import run_traced
 from ftune.memory.written import read, write
 from ftune.resolve import RunSpec
 
@@ -55,30 +54,16 @@ def trace(
     import json
 
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "trace"
+        path = Path(folder) / "trace"
         asked = {"spec": spec.to_json(), "config": dict(config), "device": device}
         asked |= {"lengths": list(lengths), "layers": layers}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", __name__, str(answer)],
-            input=json.dumps(asked),
-            env=_alone(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0 or not answer.exists():
-            lines = done.stderr.strip().splitlines()
+        code, said = run_traced(json.dumps(asked), path)
+        if code != 0 or not path.exists():
+            lines = said.strip().splitlines()
             what = f"the training step of a {config.get('model_type', 'model')} cannot be traced"
-            why = lines[-1][:300] if lines else f"the process ended with {done.returncode}"
+            why = lines[-1][:300] if lines else f"the process ended with {code}"
             raise RunError(Problem("trace-failed", what, why=why, fix="train a few steps, and read peak_memory_bytes"))
-        return read(answer)
-
-
-def _alone() -> dict[str, str]:
-    """Return the environment of one process, without a GPU, that is no rank of a launch."""
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launched}
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        return read(path)
 
 
 def traced_here(asked: Asked) -> Trace:
@@ -140,12 +125,16 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     return tracked.trace(), turns[0].count if turns else 1
 
 
+def answer(values: dict[str, Any], path: Path) -> None:
+    """Trace what is asked, as JSON, into a file."""
+    asked = Asked(RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])})
+    write(traced_here(asked), path)
+
+
 def main() -> None:
     import json
 
-    values = json.load(sys.stdin)
-    asked = Asked(RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])})
-    write(traced_here(asked), Path(sys.argv[1]))
+    answer(json.load(sys.stdin), Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

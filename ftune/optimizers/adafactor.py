@@ -20,6 +20,7 @@ class AdafactorOptions(FactoredOptions):
 class Adafactor(Optimizer):
     name = "adafactor"
     summary = "AdamW's quality with one row and one column of statistics per matrix."
+    computes = "adafactor"
     state_bytes_per_parameter = 0.0
     state_bytes_note = "4 bytes per row and per column of a matrix, 4 per element of a vector"
     default_learning_rate = 5e-5

@@ -18,6 +18,7 @@ class AdafactorFusedOptions(FactoredOptions, FusedOptions):
 class AdafactorFused(Optimizer):
     name = "adafactor_fused_backward"
     summary = "Adafactor inside backward: its quality, and each gradient is freed as soon as it is used."
+    computes = "adafactor"
     gradients = Gradients.FUSED
     state_bytes_per_parameter = 0.0
     state_bytes_note = "4 bytes per row and per column of a matrix, 4 per element of a vector"

@@ -20,6 +20,7 @@ class AdamWFusedBackwardOptions(FusedOptions):
 class AdamWFusedBackward(Optimizer):
     name = "adamw_fused_backward"
     summary = "AdamW inside backward: each gradient is freed as soon as it is used; states stay float32."
+    computes = "adamw"
     gradients = Gradients.FUSED
     state_bytes_per_parameter = 8.0
     state_bytes_note = "float32 for weights of 16 bits too"

@@ -11,6 +11,7 @@ from ftune.plugin import Optimizer, Setting
 class AdamW(Optimizer):
     name = "adamw_torch"
     summary = "Two float32 running means per weight; the reference every other optimizer is compared with."
+    computes = "adamw"
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"
     state_in_weights_dtype = True

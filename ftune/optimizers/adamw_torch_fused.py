@@ -11,6 +11,7 @@ from ftune.plugin import Optimizer, Setting
 class AdamWFused(Optimizer):
     name = "adamw_torch_fused"
     summary = "AdamW with its whole update in one kernel, on CPU and GPU."
+    computes = "adamw"
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"
     state_in_weights_dtype = True

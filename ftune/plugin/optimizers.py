@@ -69,6 +69,9 @@ class Optimizer(Plugin):
     """
 
     gradients: ClassVar[Gradients] = Gradients.KEPT
+    computes: ClassVar[str] = ""
+    """What it computes, where others compute the same: those with one word here move float32 weights to the same
+    numbers but for rounding, given the same options and the same clipping; empty where there is no other."""
     calibrates: ClassVar[bool] = False
     """Whether it chooses the weights that move by the gradients of a few batches before the first step."""
     pages_state: ClassVar[bool] = False

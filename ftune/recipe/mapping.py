@@ -30,6 +30,14 @@ _Writer.add_representer(str, _text)
 _Writer.add_multi_representer(PurePath, _path)
 
 
+def on_one_line(value: Any) -> str:
+    """Return a value as it may stand anywhere in a recipe, also between braces."""
+    listed = yaml.dump(
+        [value], Dumper=_Writer, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
+    )
+    return str(listed).strip()[1:-1]
+
+
 def source_of(recipe: Mapping[str, Any]) -> sources.Source:
     """Return a mapping as a source; raises RecipeError where it holds what a recipe cannot."""
     try:

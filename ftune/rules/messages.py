@@ -17,6 +17,8 @@ MESSAGES = {
     "unknown-key": "No section, or not this one, has a key of that name.",
     "no-shards": "`--max-shard-size` was given for a format that writes all weights into one file.",
     "unknown-method": "There is no optimizer, tuning, objective or format of that name.",
+    "allow-name": "`ftune plan --fit --allow` names nothing that could be given up.",
+    "recipe-edit": "A value cannot be changed in the recipe's text without rewriting more of it (aliases, tags).",
     "gpu-name": "`--gpu` names no GPU that ftune knows, or several with different memory.",
     "unknown-configuration": "A model is planned for whose config.json is neither in a directory nor in the catalogue.",
     "unknown-finding": "`data.audit_ignore` names something that the audit of the rows never finds.",

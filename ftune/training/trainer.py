@@ -21,7 +21,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ftune import plugin, rundir
-from ftune.embeddings import embedding_weights, end_weights
 from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
 from ftune.models.finished import write_base
@@ -30,6 +29,7 @@ from ftune.training import checkpoint
 from ftune.training.callbacks import StopOnRequest
 from ftune.training.meter import Meter, losses_by_source, peak_memory_bytes
 from ftune.training.moving import MovingTrainer
+from ftune.training.state_size import state_bytes_of
 
 
 @dataclass(frozen=True)
@@ -363,21 +363,12 @@ class FtuneTrainer(MovingTrainer):
         tuning = plugin.tuning(self.recipe.tuning.method)
         kept = _adapter_tensors(self.model) if tuning.has_adapter else list(self.model.parameters())
         weights = checkpoint.tensor_bytes(kept)
-        ends = {id(weight) for weight in end_weights(self.model)}
-        embeddings = {id(weight) for weight in embedding_weights(self.model)}
-        beside = {id(weight) for weight in tuning.adapter_weights(self.model)}
+        state_of = state_bytes_of(self.model, self.recipe)
 
         def of(weight: torch.Tensor, element_bytes: int) -> float:
-            tensor = plugin.TrainedTensor(
-                tuple(weight.shape),
-                element_bytes,
-                hidden=id(weight) not in ends,
-                embedding=id(weight) in embeddings,
-                adapter=id(weight) in beside,
-            )
             # The weights of a checkpoint are the average: those that are trained are saved with the state.
-            average = element_bytes * tensor.elements if self.method.averages else 0
-            return self.method.state_bytes(tensor, self.recipe.optimizer.options) + average
+            average = element_bytes * weight.numel() if self.method.averages else 0
+            return state_of(weight, element_bytes) + average
 
         state = tuning.state_bytes(self.model, self.trained, of, self.recipe.tuning.options)
         return weights + int(state), weights

@@ -1,0 +1,243 @@
+"""`ftune plan --fit`: the changes with which a recipe fits on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftune.errors import FtuneError, Problem, RecipeError
+from ftune.machine import Machine
+from ftune.memory.ask import config_of_model, machine_with, plan_of, plannable
+from ftune.memory.bounds import Bounds
+from ftune.memory.changes import ROWS, Option, Situation, allowable, check_allowed, settings_with
+from ftune.memory.gpus import GpuFacts
+from ftune.memory.overhead import need
+from ftune.memory.plan import MemoryPlan
+from ftune.memory.search import Candidate, Left, Refused, Room, Search, Tried
+from ftune.memory.tracer import kept_tracer
+from ftune.recipe import Loaded, source, validate
+from ftune.recipe.edits import REMOVED, edited
+from ftune.resolve import RunSpec, findings, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One key that is changed."""
+
+    key: str
+    before: Any
+    after: Any
+    saves_bytes: int
+    """By how much what is needed at the least falls with this change, after those before it; below 0 where it rises."""
+    costs: str
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What was found."""
+
+    before: Tried
+    """The recipe as it is."""
+    after: Tried
+    """What fits; where nothing does, what comes nearest."""
+    fits: bool
+    changes: tuple[Change, ...]
+    """What is changed from the one to the other."""
+    tried: tuple[Tried, ...]
+    left: tuple[Left, ...]
+    buys: tuple[tuple[str, int], ...]
+    """Where nothing fits: what could be allowed with which it might, and the bytes that it takes in any case."""
+    problems: tuple[Problem, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the answer of `plan --fit --json`: the plan with the changes, and what they are."""
+        return {
+            **self.after.plan.as_json(),
+            "changes": [change.as_json() for change in self.changes],
+            "unchanged": {"peak_bytes": self.before.plan.peak_bytes, "fits": self.before.plan.fits},
+        }
+
+
+def fit(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    gpu: str | None = None,
+    allow: Iterable[str] = (),
+) -> Fit:
+    """Search the cheapest changes with which a recipe fits; raises RecipeError, MachineError and RunError.
+
+    `allow` names what may be given up: optimizers, tunings, `bfloat16`, `max_length`.
+    """
+    allowed = check_allowed(allow)
+    machine, facts = machine_with(gpu)
+    loaded, problems = plannable(recipe, overrides, machine)
+    loaded = _overrides_written(loaded)
+    spec = resolve(loaded, machine, fingerprints=False)
+    room = _room(facts, machine)
+    config = config_of_model(spec.recipe.model)
+
+    def plan(one: RunSpec) -> MemoryPlan:
+        return plan_of(one, config, facts, machine)
+
+    with kept_tracer():
+        return searched(loaded, machine, allowed, plan, Bounds(config), room, problems)
+
+
+def searched(
+    loaded: Loaded,
+    machine: Machine,
+    allowed: frozenset[str],
+    plan: Callable[[RunSpec], MemoryPlan],
+    bounds: Bounds,
+    room: Room,
+    problems: Iterable[Problem] = (),
+) -> Fit:
+    """Return what a search finds with a function that plans a recipe."""
+    decided = resolve(loaded, machine, fingerprints=False).recipe
+    situation = Situation(loaded, decided, allowed)
+
+    def build(settings: Mapping[str, Any]) -> Candidate | Refused:
+        return built(loaded, machine, settings)
+
+    def bound(spec: RunSpec) -> int:
+        try:
+            return bounds.of(spec.recipe)
+        except Exception:  # what a model cannot be tuned so for, its trace says, whatever library refused it
+            return 0
+
+    search = Search(situation, build, plan, bound, room)
+    first = search.candidate((), decided.training.per_device_train_batch_size)
+    assert isinstance(first, Candidate)
+    search.plan(first.spec)  # raises what is wrong with the recipe itself
+    before = search.evaluate((), decided.training.per_device_train_batch_size)
+    assert before is not None
+    found = search.run()
+    after = found or min(search.tried.values(), key=lambda tried: (tried.plan.peak_bytes, tried.num_changes))
+    changes = _changes(search, situation, before, after)
+    buys = () if found else _buys(situation, build, bound, room.tight_bytes)
+    tried, left = tuple(search.tried.values()), tuple(search.left.values())
+    return Fit(before, after, found is not None, changes, tried, left, buys, tuple(problems))
+
+
+def _room(facts: GpuFacts | None, machine: Machine) -> Room:
+    """Return what is left for tensors beside the context and a margin."""
+    if facts is None:
+        return Room(machine.memory_bytes, machine.memory_bytes)
+    beside = need(0, 0, facts.capability)
+    return Room(facts.memory_bytes - beside.low_bytes, facts.memory_bytes - beside.high_bytes)
+
+
+def built(loaded: Loaded, machine: Machine, settings: Mapping[str, Any]) -> Candidate | Refused:
+    """Return a recipe with settings in its text, examined by the rules."""
+    file = loaded.source.file
+    try:
+        text = edited(file, loaded.source.text, settings)
+        made = validate(source.parse(file, text))
+        found = findings(made, machine, trains=False)
+        errors = [one.rule for one in found if one.severity == "error" and not one.rule.startswith("data-")]
+        if errors:
+            return Refused(", ".join(dict.fromkeys(errors)))
+        return Candidate(settings, text, resolve(made, machine, fingerprints=False))
+    except FtuneError as error:
+        return Refused(", ".join(dict.fromkeys(problem.rule for problem in error.problems)))
+
+
+def write(found: Fit, path: Path) -> None:
+    """Write the recipe with the changes; raises RecipeError where a file is there already."""
+    if path.exists():
+        raise RecipeError(Problem("output-exists", f"`{path}` exists already", fix="name another file with --write"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(found.after.candidate.text.encode())
+
+
+def _overrides_written(loaded: Loaded) -> Loaded:
+    """Return a recipe with what `--set` says in its text."""
+    given = sorted(loaded.source.overridden, key=lambda key: key.count("."))
+    if not given:
+        return loaded
+    values = {key: _at(loaded.source.data, key) for key in given}
+    gguf = "model.gguf_file"
+    if "model.model_name_or_path" in values and gguf not in values and _at(loaded.source.data, gguf) is not None:
+        values[gguf] = REMOVED  # it belongs to the model that --set replaced
+    text = edited(loaded.source.file, loaded.source.text, values)
+    return validate(source.parse(loaded.source.file, text))
+
+
+def _at(data: Any, key: str) -> Any:
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _changes(search: Search, situation: Situation, before: Tried, after: Tried) -> tuple[Change, ...]:
+    """Return the changed keys; what each set of keys saves is told by making one change after the other."""
+    found: list[Change] = []
+    had = before.plan.peak_bytes
+    own = before.rows
+    told: dict[str, Any] = {}
+    steps: list[tuple[tuple[Option, ...], int, str]] = [
+        (after.options[: count + 1], own, option.costs) for count, option in enumerate(after.options)
+    ]
+    if after.rows != own:
+        steps.append((after.options, after.rows, _batch_costs(own, after.rows)))
+    pending: list[tuple[str, Any, str]] = []
+    for number, (options, rows, costs) in enumerate(steps):
+        settings = settings_with(situation, options, rows)
+        pending += [(key, value, costs) for key, value in settings.items() if told.get(key, told) != value]
+        told |= settings
+        tried = after if number == len(steps) - 1 else search.evaluate(options, rows)
+        if tried is None:
+            continue  # no recipe by itself: what it saves is told with the next
+        saved = had - tried.plan.peak_bytes
+        had = tried.plan.peak_bytes
+        for key, value, said in pending:
+            found.append(Change(key, _before(situation, key), None if value is REMOVED else value, saved, said))
+            saved = 0
+        pending = []
+    # A key that two changes set is told once, as it is in the end.
+    last = {change.key: change for change in found}
+    saves = {key: sum(change.saves_bytes for change in found if change.key == key) for key in last}
+    final = after.candidate.settings
+    return tuple(dataclasses.replace(change, saves_bytes=saves[key]) for key, change in last.items() if key in final)
+
+
+def _before(situation: Situation, key: str) -> Any:
+    """Return what a key was: as decided, or as written where it is a whole section."""
+    section, _, name = key.partition(".")
+    if not name:
+        return dict(situation.given(section))
+    decided: Any = situation.decided.as_dict()
+    for part in key.split("."):
+        decided = decided.get(part) if isinstance(decided, dict) else None
+    return decided
+
+
+def _batch_costs(before: int, after: int) -> str:
+    if after > before:
+        return "nothing: fewer passes add up to the same batch, and more memory is used"
+    return "time: more passes add up to the same batch; the same numbers but for rounding"
+
+
+def _buys(
+    situation: Situation,
+    build: Callable[[Mapping[str, Any]], Candidate | Refused],
+    bound: Callable[[RunSpec], int],
+    capacity: int,
+) -> tuple[tuple[str, int], ...]:
+    """Return what else could be allowed, by what its weights, gradients and state take in any case."""
+    found: dict[str, int] = {}
+    for name in allowable():
+        if name in situation.allowed or name == "max_length":
+            continue
+        offered = dataclasses.replace(situation, allowed=frozenset({name}))
+        for option in (option for row in ROWS for option in row.options(offered) if option.gives_up):
+            made = build(settings_with(situation, (option,), situation.decided.training.per_device_train_batch_size))
+            if isinstance(made, Candidate) and 0 < (least := bound(made.spec)) < capacity:
+                found[name] = min(least, found.get(name, least))
+    return tuple(sorted(found.items(), key=lambda item: item[1]))
