@@ -1,0 +1,95 @@
+"""What a run is going to need, asked before its weights are loaded: the batch that needs most, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy
+
+from ftune.data.prepare import Prepared
+from ftune.data.sequences import Sequences
+from ftune.errors import FtuneError, MachineError, Problem
+from ftune.resolve import RunSpec
+from ftune.training.passes import passes_of
+from ftune.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class LargestBatches:
+    """The batches of a run that take most memory."""
+
+    train: tuple[int, ...]
+    """Tokens of each row that is computed at once."""
+    evaluated: tuple[int, ...]
+    """Of the largest batch that is evaluated; empty where none is."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan, as far as a run has to know it."""
+
+    allocated_bytes: int
+    """What compares with the run's own peak memory: allocated on a GPU, tensors on a processor."""
+    parts: Mapping[str, int]
+    """Bytes at the peak by what they are for."""
+    lines: tuple[str, ...]
+    """What is said of it."""
+    refusal: Problem | None
+    """Where it cannot fit."""
+
+
+Foresee = Callable[[RunSpec, LargestBatches], Forecast]
+"""Returns the plan of a run; raises where there can be none."""
+
+
+def largest_batches(spec: RunSpec, data: Prepared) -> LargestBatches:
+    """Return the largest batches of the rows there are; of a stream, which nobody has seen, what may come."""
+    training, most = spec.recipe.training, spec.recipe.data.max_length
+    passes = max(passes_of(spec).values(), default=1)
+    evaluated = _longest(data.eval.lengths, training.per_device_eval_batch_size) if data.eval is not None else ()
+    if not isinstance(data.train, Sequences):
+        whole: tuple[int, ...] = (most,) * training.per_device_train_batch_size
+    elif training.max_tokens_per_batch is not None:
+        whole = _fullest(data.train.lengths, training.max_tokens_per_batch)
+    else:
+        whole = _longest(data.train.lengths, training.per_device_train_batch_size)
+    return LargestBatches(whole[: -(-len(whole) // passes)], evaluated)
+
+
+def _longest(lengths: numpy.ndarray, count: int) -> tuple[int, ...]:
+    """Return the lengths of the longest row beside others of which one is padded, where rows differ at all."""
+    order = numpy.sort(lengths)[::-1]
+    chosen = [int(length) for length in order[:count]]
+    if len(chosen) > 1:
+        chosen[-1] = int(order[-1])  # the shape is that of the longest; a mask of padding takes room beside it
+    return tuple(chosen)
+
+
+def _fullest(lengths: numpy.ndarray, most_tokens: int) -> tuple[int, ...]:
+    """Return the batch that fills the budget of tokens with rows of one length."""
+    longest = int(lengths.max())
+    return (longest,) * max(1, min(len(lengths), most_tokens // max(1, longest)))
+
+
+def foretold(foresee: Foresee, spec: RunSpec, data: Prepared, shown: Progress, *, force: bool) -> Forecast | None:
+    """Ask for the plan of a run and say it; None where there is none, which stops no run.
+
+    Raises MachineError where it cannot fit, unless that is to be tried.
+    """
+    shown.say("planning: a step is traced without weights (--no-plan leaves it out)")
+    try:
+        found = foresee(spec, largest_batches(spec, data))
+    except FtuneError as error:
+        shown.say(f"no plan: {error}")
+        return None
+    except Exception as error:  # whatever a plan stumbles over, the run may work
+        shown.say(f"no plan: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        return None
+    for line in found.lines:
+        shown.say(line)
+    if found.refusal is not None:
+        if not force:
+            raise MachineError(found.refusal)
+        shown.say(f"warning: {found.refusal.what}; training all the same (--force)")
+    return found
