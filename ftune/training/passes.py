@@ -95,10 +95,7 @@ def _documents(row: Batch, count: int) -> list[Batch]:
     tokens = row["input_ids"].shape[1]
     cuts = {min(starts, key=lambda start: abs(start - tokens * piece / count)) for piece in range(1, count)}
     borders = [0, *sorted(cuts - {0}), tokens]
-    return [
-        {name: values[:, start:end] for name, values in row.items()}
-        for start, end in itertools.pairwise(borders)
-    ]
+    return [{name: values[:, start:end] for name, values in row.items()} for start, end in itertools.pairwise(borders)]
 
 
 def lengths_of(batch: Mapping[str, Any]) -> list[int]:
