@@ -442,7 +442,9 @@ def _compact(trace: list[dict[str, Any]]) -> list[list[Any]]:
         "segment_unmap": "U",
         "oom": "o",
     }
-    return [[letters[entry["action"]], entry["addr"], entry["size"]] for entry in trace if entry["action"] in letters]
+    return [
+        [letters[entry["action"]], entry.get("addr", 0), entry["size"]] for entry in trace if entry["action"] in letters
+    ]
 
 
 # Training steps

@@ -211,7 +211,29 @@ def figures(run: dict[str, Any], settings: Settings) -> Found:
         found.figures += len(ours)
         if ours != theirs:
             found.differing.append(f"event {position}: {ours} instead of {theirs}")
+    if run["least_limit_bytes"]:
+        found.figures += 1
+        least = _least_limit(run["events"], settings, max(run["allocated"]) // MIB, max(run["reserved"]) // MIB)
+        if least != run["least_limit_bytes"]:
+            found.differing.append(f"least limit: {least} instead of {run['least_limit_bytes']}")
     return found
+
+
+def _least_limit(events: list[list[int]], settings: Settings, low: int, high: int) -> int:
+    """Return the least limit in which a sequence passes, found by the steps that the recording took."""
+    while low < high:
+        middle = (low + high) // 2
+        allocator, live = CachingAllocator(settings, allowed_bytes=middle * MIB), dict[int, Block]()
+        try:
+            for number, size in events:
+                if size:
+                    live[number] = allocator.allocate(size)
+                else:
+                    allocator.free(live.pop(number))
+            high = middle
+        except OutOfMemory:
+            low = middle + 1
+    return high * MIB
 
 
 class Plain(pickle.Unpickler):

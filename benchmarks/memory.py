@@ -44,15 +44,21 @@ TUNINGS = {
     "qalora": {"method": "qalora", "r": 8, "group_size": 32, "fit": "minmax"},
 }
 OPTIMIZERS = ("adamw_torch", "adafactor", "adamw_8bit", "lomo", "adalomo", "adamw_fused_backward", "mezo")
-LENGTH, BATCH = 128, 2
+LENGTH, BATCH = 256, 2
+EACH = 2
+"""Models for each tuning and optimizer."""
+_IMPOSSIBLE = {("qalora", "gpt2")}
+"""Its layers are no nn.Linear."""
 
 
 def combinations() -> list[dict[str, Any]]:
-    """Return every tuning with every optimizer and every model; the other choices are drawn by chance."""
+    """Return every tuning with every optimizer; models and the other choices are drawn by chance."""
     rest = list(itertools.product(PRECISIONS, (False, True), (1, 2)))
     chance, found = random.Random(1), []
     for tuning, optimizer in itertools.product(TUNINGS, OPTIMIZERS):
-        for model, (precision, checkpointed, accumulated) in zip(MODELS, chance.sample(rest, len(MODELS)), strict=True):
+        fitting = [name for name in MODELS if (tuning, name) not in _IMPOSSIBLE]
+        models, choices = chance.sample(fitting, EACH), chance.sample(rest, EACH)
+        for model, (precision, checkpointed, accumulated) in zip(models, choices, strict=True):
             found.append(
                 {
                     "model": model,
@@ -63,13 +69,7 @@ def combinations() -> list[dict[str, Any]]:
                     "accumulated": accumulated,
                 }
             )
-    return [one for one in found if _possible(one)]
-
-
-def _possible(one: dict[str, Any]) -> bool:
-    if one["tuning"] == "qalora" and one["model"] == "gpt2":
-        return False  # its layers are no nn.Linear
-    return True
+    return found
 
 
 def name_of(one: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def name_of(one: dict[str, Any]) -> str:
 
 
 def spec_of(one: dict[str, Any], folder: Path) -> Any:
-    """Return the resolved recipe of a combination, over a model and rows made in a folder."""
+    """Return the resolved recipe of a combination, over a model and rows made in a folder, changed by `more`."""
     from ftune.machine import probe
     from ftune.recipe import load
     from ftune.resolve import resolve
@@ -97,7 +97,7 @@ def spec_of(one: dict[str, Any], folder: Path) -> Any:
             **precision.get("model", {}),
         },
         "data": {"train": str(rows), "max_length": LENGTH},
-        "tuning": TUNINGS[one["tuning"]],
+        "tuning": one.get("tunings") or TUNINGS[one["tuning"]],
         "training": {
             "output_dir": str(folder / "run"),
             "per_device_train_batch_size": BATCH,
@@ -109,6 +109,8 @@ def spec_of(one: dict[str, Any], folder: Path) -> Any:
             **precision["training"],
         },
     }
+    for section, values in one.get("more", {}).items():
+        recipe[section] = {**recipe[section], **values}
     return resolve(load(recipe), probe())
 
 
@@ -135,12 +137,12 @@ def loaded(spec: Any) -> Any:
     home = Path(recipe.training.output_dir)
     home.mkdir(exist_ok=True)
     with quiet():
-        model = tuning.prepare(model, options, directory=home, batches=lambda count: [], say=lambda line: None)
-        return tuning.apply(model, options)
+        model = tuning.prepare(model, options, directory=home, batches=plugin.no_batches, say=lambda line: None)
+        return tuning.apply(model, options, batches=plugin.no_batches)
 
 
-def tracked_run(spec: Any) -> Any:
-    """Return the trace of a real step."""
+def tracked_run(spec: Any, lengths: tuple[int, ...] = ()) -> Any:
+    """Return the trace of a real step, and of an evaluation where the recipe has one."""
     from ftune.memory.step import Follow, Rows, evaluated_rows, steps, worst_lengths
     from ftune.memory.tracked import Tracked
 
@@ -149,45 +151,49 @@ def tracked_run(spec: Any) -> Any:
     tracked.follow(model)
     try:
         with tracked:
-            rows = Rows(worst_lengths(spec), packed=False)
-            steps(spec, model, rows, [lambda trainer: Follow(tracked)])
+            evaluated = evaluated_rows(spec)
+            follow = Follow(tracked, evaluates=evaluated is not None)
+            rows = Rows(lengths or worst_lengths(spec), packed=spec.recipe.data.packing)
+            steps(spec, model, rows, [lambda trainer: follow], eval_rows=evaluated)
     finally:
         tracked.unfollow()
     return tracked.trace()
 
 
-def allocator_run(spec: Any) -> int:
+def allocator_run(spec: Any, lengths: tuple[int, ...] = ()) -> int:
     """Return the peak of a real step by the allocator's events, over what tensors hold when it begins."""
     import torch
     from transformers import TrainerCallback
 
-    from ftune.memory.step import Rows, steps, worst_lengths
+    from ftune.memory.step import Rows, evaluated_rows, steps, worst_lengths
 
     peaks: list[int] = []
+    already = live_bytes()  # hooks on weights may keep the model of another run
 
     class Profile(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
             if state.global_step == 1:
-                self.before = live_bytes()
-                self.profile = torch.profiler.profile(
-                    activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-                )
+                self.before = live_bytes() - already
+                cpu = [torch.profiler.ProfilerActivity.CPU]
+                self.profile = torch.profiler.profile(activities=cpu, profile_memory=True)
                 self.profile.__enter__()
 
         def on_step_end(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
-            if state.global_step == 2:
-                self.profile.__exit__(None, None, None)
-                changes = [
-                    event.nbytes()
-                    for event in sorted(
-                        self.profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()
-                    )
-                    if event.name() == "[memory]"
-                ]
-                peaks.append(self.before + max(itertools.accumulate(changes)))
+            if state.global_step == 2 and evaluated is None:
+                self.end()
 
-    model = loaded(spec)
-    steps(spec, model, Rows(worst_lengths(spec), packed=False), [lambda trainer: Profile()])
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            self.end()
+
+        def end(self) -> None:
+            self.profile.__exit__(None, None, None)
+            events = sorted(self.profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+            changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+            peaks.append(self.before + max(itertools.accumulate(changes)))
+
+    model, evaluated = loaded(spec), evaluated_rows(spec)
+    rows = Rows(lengths or worst_lengths(spec), packed=spec.recipe.data.packing)
+    steps(spec, model, rows, [lambda trainer: Profile()], eval_rows=evaluated)
     return peaks[0]
 
 
@@ -209,7 +215,7 @@ def live_bytes() -> int:
 def compare(one: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one combination."""
     from ftune.errors import FtuneError
-    from ftune.memory.peak import peak
+    from ftune.memory.peak import peak, phases
     from ftune.memory.traced import Asked, traced_here
 
     with tempfile.TemporaryDirectory() as name:
@@ -219,15 +225,18 @@ def compare(one: dict[str, Any]) -> dict[str, Any]:
         except FtuneError as error:
             return {**one, "refused": str(error.problems[0].rule)}
         config = make_model(one["model"], folder / "model")
-        # First, while no other model is alive: hooks on weights keep one from being freed.
-        allocated = allocator_run(spec)
-        measured, predicted = peak(tracked_run(spec)), peak(traced_here(Asked(spec, config)))
+        lengths = tuple(one.get("lengths", ()))
+        allocated = allocator_run(spec, lengths)
+        real, traced = tracked_run(spec, lengths), traced_here(Asked(spec, config, lengths=lengths))
+    measured, predicted = peak(real), peak(traced)
     return {
         **one,
         "predicted_bytes": predicted.size_bytes,
         "tracked_bytes": measured.size_bytes,
         "allocator_bytes": allocated,
         "owners_agree": predicted.by_owner == measured.by_owner,
+        "phases_agree": phases(traced) == phases(real),
+        "phases": list(phases(traced)),
         "phase": predicted.phase,
         "module": predicted.module,
         "operation": predicted.operation,
@@ -239,10 +248,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="combinations whose name has this text")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.jsonl")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # JSON, a list of combinations
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(compare(json.loads(options.one))))
+        for one in json.loads(options.one):
+            print(json.dumps(compare(one)), flush=True)
         return
     print("| combination | predicted MiB | tracked | allocator | peak in |\n|---|---|---|---|---|", flush=True)
     found = []
@@ -256,7 +266,7 @@ def main() -> None:
 
 
 def _in_a_process(one: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(one)]
+    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps([one])]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -271,8 +281,9 @@ def _row(found: dict[str, Any]) -> str:
         return f"| {name} | {found.get('refused') or found['failed']} | | | |"
     predicted = found["predicted_bytes"]
     apart = [f"{predicted / found[key] - 1:+.3%}" for key in ("tracked_bytes", "allocator_bytes")]
-    owners = "" if found["owners_agree"] else " (owners differ)"
-    return f"| {name} | {predicted / 2**20:.3f} | {apart[0]}{owners} | {apart[1]} | {found['phase']} |"
+    differs = [f"{what} differ" for what in ("owners", "phases") if not found[f"{what}_agree"]]
+    apart[0] += f" ({', '.join(differs)})" if differs else ""
+    return f"| {name} | {predicted / 2**20:.3f} | {apart[0]} | {apart[1]} | {found['phase']} |"
 
 
 if __name__ == "__main__":

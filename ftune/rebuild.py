@@ -51,15 +51,12 @@ def rebuild(run_directory: Path, output: Path, *, steps: int | None = None, say:
         use_template_file(tokenizer, recipe.data.chat_template)
     say("loading the initial model")
     tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
-    if tuning.calibration_batches(options):
-        what = "this run's adapter began with directions of its rows, which its log does not hold"
-        raise RunError(Problem("zeroth-order-log", what, fix="use the run's model or one of its checkpoints"))
     held = tuning.quantization(options)
     model = load_model(recipe.model, device_type=spec.device_type, say=say, quantization=held)
     set_seed(recipe.training.seed)  # an adapter begins with what the run's seed drew
     model = tuning.prepare(model, options, directory=run_directory, batches=_no_rows, say=say)
     with quiet():
-        model = tuning.apply(model, options)
+        model = tuning.apply(model, options, batches=_no_rows)
     model.to(next(model.parameters()).device)
     wanted = steps if steps is not None else _last(run_directory, spec)
     say("replaying the log")
@@ -87,7 +84,7 @@ def _last(run_directory: Path, spec: RunSpec) -> int | None:
     return int(best.rpartition("-")[2]) if best else None
 
 
-def _no_rows(count: int) -> Iterable[dict[str, Any]]:
-    what = "the run cannot be rebuilt without what was made of its base before the first step"
-    fix = f"restore {rundir.CODES} in the run directory"
-    raise RunError(Problem("codes-damaged", what, why="its training rows are not at hand", fix=fix))
+def _no_rows(count: int, *, rows: int | None = None) -> Iterable[dict[str, Any]]:
+    what = "the run began with something made of its training rows, which its log does not hold"
+    fix = f"restore {rundir.CODES} in the run directory, if it had one; else use the run's model or a checkpoint"
+    raise RunError(Problem("zeroth-order-log", what, why="its rows are not at hand", fix=fix))

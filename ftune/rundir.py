@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _sync_all(partial)
+        _settle(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -144,14 +145,22 @@ def new_directory(final: Path) -> Iterator[Path]:
         partial = Path(own) / "whole"  # made by mkdir, so that its rights are the usual ones
         partial.mkdir()
         yield partial
-        _sync_all(partial)
+        _settle(partial)
         partial.rename(final)  # an empty directory gives way
         sync_directory(final.parent)
 
 
-def _sync_all(folder: Path) -> None:
+def _settle(folder: Path) -> None:
+    """Bring everything in a folder to the disk, readable for those whom the folder lets in.
+
+    Safetensors writes files that only their owner may read, whatever the umask; the folder was made as it says.
+    """
+    wanted = folder.stat().st_mode & 0o666
     for path in sorted(folder.rglob("*")):
         if path.is_file():
+            mode = path.stat().st_mode
+            if mode | wanted != mode:
+                path.chmod(stat.S_IMODE(mode | wanted))
             with path.open("rb") as written:
                 os.fsync(written.fileno())
         else:

@@ -7,16 +7,17 @@ from typing import Any
 from ftune.adapters.lora import add_lora
 from ftune.adapters.options import LoRAOptions
 from ftune.errors import Problem, RecipeError
+from ftune.plugin import Batches
 
 
-def add_beside(model: Any, options: LoRAOptions) -> Any:
+def add_beside(model: Any, options: LoRAOptions, *, batches: Batches) -> Any:
     """Return the model itself with an adapter in its layers and every weight trained.
 
     It stays the transformers model, and not PEFT's model around it, so that a checkpoint holds all weights. Raises
     RecipeError for layers that are none, and for one that shares its weight with another: the sum would be in both.
     """
     _require_foldable(options)
-    adapted = add_lora(model, options).get_base_model()
+    adapted = add_lora(model, options, batches=batches).get_base_model()
     _require_own_weights(adapted)
     adapted.requires_grad_(True)
     return adapted

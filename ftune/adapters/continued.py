@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ftune.adapters.rounding import require_rounded, rounding_of
 from ftune.errors import Problem, RecipeError, RunError
 
 CONFIG = "adapter_config.json"
@@ -37,7 +38,10 @@ def continued(model: Any, folder: str, kind: str) -> Any:
         why = "it was saved without that base: on the weights as they are it would count its beginning twice"
         fix = "convert it: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), as ftune saves it"
         raise RecipeError(Problem("adapter-folder", what, why=why, fix=fix))
-    return attached(model, folder, trained=True)
+    require_rounded(model, Path(folder))
+    adapted = attached(model, folder, trained=True)
+    adapted.fits_rounded_base = rounding_of(Path(folder)) is not None
+    return adapted
 
 
 def attached(model: Any, folder: str, *, trained: bool, kinds: tuple[type, ...] = (), assign: bool = False) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters.options import AdapterOptions
 from ftune.errors import Problem, RecipeError
 from ftune.losses import IGNORED
+from ftune.plugin import Batches
 
 
-def start(adapted: Any, batches: Iterable[dict[str, Any]], options: AdapterOptions) -> None:
+def start(adapted: Any, batches: Batches, options: AdapterOptions) -> None:
     """Set A to the first right-singular vectors of each layer's inputs, and share ranks out by explained variance.
 
     Only the positions of learned tokens count. A batch with fewer of them than directions is left out: PEFT would
@@ -20,7 +20,7 @@ def start(adapted: Any, batches: Iterable[dict[str, Any]], options: AdapterOptio
 
     ranks = [options.r, *options.rank_pattern.values()]
     needed = max(round(rank * options.eva_rho) for rank in ranks)
-    held = list(batches)
+    held = list(batches(options.eva_batches))
     if any("labels" not in batch for batch in held):
         what = "EVA looks at rows of one text, and these have several"
         raise RecipeError(Problem("eva-batches", what, fix="set init_lora_weights: true"))
@@ -37,5 +37,4 @@ def start(adapted: Any, batches: Iterable[dict[str, Any]], options: AdapterOptio
 
 
 def _forward(model: Any, batch: dict[str, Any]) -> Any:
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    return model(**inputs, use_cache=False)
+    return model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)

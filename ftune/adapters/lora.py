@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters import eva, loftq, residual
@@ -11,12 +10,13 @@ from ftune.adapters.continued import continued
 from ftune.adapters.options import AdapterOptions
 from ftune.adapters.targets import check_names, refuse_whole_quantised, refused, spelled_out
 from ftune.errors import RecipeError
+from ftune.plugin import Batches
 
 _OUTSIDE_PEFT = ("eva", "loftq")
 """Starts that are set once the adapter is there."""
 
 
-def add_lora(model: Any, options: AdapterOptions, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+def add_lora(model: Any, options: AdapterOptions, *, batches: Batches) -> Any:
     """Return a PEFT model in which only the adapter is trained; raises RecipeError for layers that are none."""
     model.requires_grad_(False)
     if options.adapter is not None:

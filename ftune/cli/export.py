@@ -19,7 +19,10 @@ def export(
         str | None,
         typer.Option(help="How weights are stored: float32, bfloat16, float16; for gguf also q8_0. Default: as now."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, and memory that writing takes.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Largest weight file, for formats with shards; also what writing takes. Default: 5GB."),
+    ] = None,
 ) -> None:
     """Write a run's model for other tools, and prove that the files say what the run's model says.
 
@@ -37,9 +40,12 @@ def export(
         max_shard_size=max_shard_size,
         say=lambda line: typer.echo(line, err=True),
     )
+    allowed = f"allowed: {made.tolerance}" if made.tolerance else "what rounding costs"
+    if made.folded is not None:
+        typer.echo(f"merged, before rounding: mean KL {made.folded:.2g}; every weight that was written is its rounding")
     typer.echo(
         f"{made.format} beside the run on {made.prompts} prompts: largest logit difference {made.max_difference:.2g}, "
-        f"mean KL {made.mean_divergence:.2g} (allowed: {made.tolerance}), "
+        f"mean KL {made.mean_divergence:.2g} ({allowed}), "
         f"loss {made.losses[0]:.4f} -> {made.losses[1]:.4f}"
     )
     typer.echo(f"{made.directory}: {made.dtype}, loads with {made.read_by}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.plugin import Export
-from ftune.weights.tolerances import FLOATS
+from ftune.weights.tolerances import FLOATS, ROUNDED
 
 
 class LowBit(Export):
@@ -15,6 +15,8 @@ class LowBit(Export):
     summary = "The merged model in 2 to 8 bits, codes packed: the smallest form, exact."
     read_by = "ftune: to talk to, to train on, to export again"
     tolerances = FLOATS
+    rounds = ROUNDED
+    shards = True
     refuses = "runs of other methods than qalora"
 
     def bytes_needed(self, source: Any, dtype: str) -> int:
@@ -31,7 +33,12 @@ class LowBit(Export):
         from ftune.quantized.saved import save_quantized
         from ftune.weights import coded
 
-        coded.write(source, folder, dtype, save_quantized)
+        coded.write(source, folder, dtype, max_shard_size, save_quantized)
+
+    def check_rounding(self, source: Any, folder: Path, model: Any, *, dtype: str) -> None:
+        from ftune.weights import coded
+
+        coded.check_rounding(source, model, dtype)
 
     def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
         from ftune.weights import written

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.plugin import Export
-from ftune.weights.tolerances import FLOATS
+from ftune.weights.tolerances import FLOATS, ROUNDED
 
 
 class Safetensors(Export):
@@ -15,6 +15,8 @@ class Safetensors(Export):
     summary = "The whole model as safetensors, in shards, an adapter folded in."
     read_by = "plain transformers, vLLM, SGLang and others"
     tolerances = FLOATS
+    rounds = ROUNDED
+    shards = True
     refuses = "adapters on a base that is itself stored in fewer bits"
 
     def check(self, source: Any) -> None:
@@ -24,6 +26,11 @@ class Safetensors(Export):
         from ftune.weights import written
 
         written.write(source, folder, dtype, max_shard_size)
+
+    def check_rounding(self, source: Any, folder: Path, model: Any, *, dtype: str) -> None:
+        from ftune.weights import written
+
+        written.check_rounding(source, folder, model, dtype)
 
     def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
         from ftune.weights import written

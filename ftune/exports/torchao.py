@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.plugin import Export
-from ftune.weights.tolerances import FLOATS
+from ftune.weights.tolerances import FLOATS, ROUNDED
 
 
 class TorchAO(Export):
@@ -16,6 +16,8 @@ class TorchAO(Export):
     needs = ("torchao",)
     read_by = "plain transformers with torchao"
     tolerances = FLOATS
+    rounds = ROUNDED
+    shards = True
     refuses = "runs of other methods than qalora, and groups whose inputs are not neighbours"
 
     def bytes_needed(self, source: Any, dtype: str) -> int:
@@ -32,12 +34,17 @@ class TorchAO(Export):
         from ftune.quantized.saved import save_torchao
         from ftune.weights import coded
 
-        coded.write(source, folder, dtype, save_torchao)
+        coded.write(source, folder, dtype, max_shard_size, save_torchao)
+
+    def check_rounding(self, source: Any, folder: Path, model: Any, *, dtype: str) -> None:
+        from ftune.weights import coded
+
+        coded.check_rounding(source, model, dtype)
 
     def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
-        from ftune.weights import written
+        from ftune.weights import coded
 
-        return written.loaded(source, folder)
+        return coded.loaded_as_float32(source, folder)
 
 
 plugin = TorchAO()

@@ -1,8 +1,9 @@
-"""The settings of PyTorch's CUDA allocator: the environment variable PYTORCH_ALLOC_CONF."""
+"""The settings of PyTorch's CUDA allocator: what the environment says of it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MIB = 1024 * 1024
@@ -11,7 +12,7 @@ UNLIMITED = 1 << 62
 
 @dataclass(frozen=True)
 class Settings:
-    """What PYTORCH_ALLOC_CONF (before 2.9: PYTORCH_CUDA_ALLOC_CONF) can say of it."""
+    """What PYTORCH_ALLOC_CONF can say of it, or PYTORCH_CUDA_ALLOC_CONF, its older name."""
 
     expandable_segments: bool = False
     """One segment per pool, which grows by pages, in place of many."""
@@ -23,6 +24,11 @@ class Settings:
     """In how many sizes each doubling is divided, from 1 MiB to 64 GiB; 0 and 1: rounding to 512 B alone."""
     large_segment_bytes: int = 20 * _MIB
     """Segment for requests of less than 10 MiB, and page of the large pool's expandable segment."""
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Settings:
+        """Return those of a process with this environment."""
+        return cls.parse(environment.get("PYTORCH_ALLOC_CONF") or environment.get("PYTORCH_CUDA_ALLOC_CONF", ""))
 
     @classmethod
     def parse(cls, text: str) -> Settings:

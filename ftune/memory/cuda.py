@@ -40,6 +40,8 @@ def as_on_cuda() -> Iterator[None]:
         library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
         library.impl("dropout", _dropout, "AutogradCPU")
         for name in _IN_FLOAT32:
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
+                continue  # in float32 on a CPU too
             library.impl(name, _in_float32(name), "AutocastCPU")
         for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             module = importlib.import_module(name)

@@ -24,13 +24,13 @@ def period(config: Mapping[str, Any]) -> int | None:
     """
     text = config.get("text_config", config)
     count = depth(config)
-    lists = [value for value in text.values() if isinstance(value, list) and len(value) == count]
-    if _differs_otherwise(text):
+    if count == 0 or _differs_otherwise(text):
         return None
-    for length in range(1, count // 2 + 1):
+    lists = [value for value in text.values() if isinstance(value, list) and len(value) == count]
+    for length in range(1, max(1, count // 2) + 1):
         if all(value[place] == value[place % length] for value in lists for place in range(count)):
             return length
-    return None if count > 1 else 1
+    return None
 
 
 def depth(config: Mapping[str, Any]) -> int:
@@ -99,4 +99,3 @@ def _extended(
 def most(found: Mapping[str, Peak]) -> Peak:
     """Return the largest of the phases' peaks."""
     return max(found.values(), key=lambda one: one.size_bytes)
-

@@ -1,55 +1,85 @@
 """Running code on tensors without numbers: shapes, dtypes and lifetimes are real, and nothing is computed.
 
-PyTorch's fake tensors do this until the code asks for a number. Each such question is answered here: the loss is
-finite, every position is learned, no row is padded unless that is said.
+PyTorch's fake tensors do this until the code asks for a number. Each such question is answered here: masks and labels
+are known, and a loss is finite.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 _aten = torch.ops.aten
+_MOST_KNOWN = 1 << 22
+"""Tensors of more elements, such as the mask of long rows, are not worth their numbers."""
 
 
 class Answers(TorchDispatchMode):
-    """What fake tensors cannot say: single numbers, and shapes that depend on numbers."""
+    """What fake tensors cannot say: single numbers, and shapes that depend on numbers.
 
-    def __init__(self, *, padded: bool) -> None:
+    Of integers and truth values the numbers are kept beside, where operators make them of known ones: what a mask is
+    made of, which positions are learned. Of everything else the answer is that all is well.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._padded = padded
-        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         named = named or {}
         if operation is _aten._local_scalar_dense.default:
             return self._number(arguments[0])
         if operation is _aten.nonzero.default:
-            value = arguments[0]
-            return value.new_empty((value.numel(), value.dim()), dtype=torch.int64)
+            return self._places(arguments[0])
         if operation is _aten.equal.default:
             return True
         made = operation(*arguments, **named)
-        if operation in (_aten.all.default, _aten.all.dim):
-            self._all.add(made)
+        if isinstance(made, FakeTensor):
+            self._note(made, operation, arguments, named)
         return made
 
+    def _note(self, made: FakeTensor, operation: Any, arguments: Any, named: Any) -> None:
+        """Keep the numbers of a result, where those of all arguments are known."""
+        if made.is_floating_point() or made.numel() > _MOST_KNOWN or made.is_complex():
+            return
+        try:
+            arguments, named = tree_map(self._numbers, (arguments, named))
+        except KeyError:
+            self._known.pop(made, None)
+            return
+        with _disable_current_modes():
+            self._known[made] = operation(*arguments, **named)
+
+    def _numbers(self, value: Any) -> Any:
+        return self._known[value] if isinstance(value, FakeTensor) else value
+
     def _number(self, value: torch.Tensor) -> bool | int | float:
-        if value.dtype == torch.bool:
-            return not (self._padded and value in self._all)
-        return 1.0 if value.is_floating_point() else 1
+        if value in self._known:
+            with _disable_current_modes():
+                return self._known[value].item()  # type: ignore[no-any-return]
+        return True if value.dtype == torch.bool else 1.0 if value.is_floating_point() else 1
+
+    def _places(self, value: torch.Tensor) -> torch.Tensor:
+        if value not in self._known:
+            return value.new_empty((value.numel(), value.dim()), dtype=torch.int64)
+        with _disable_current_modes():
+            found = self._known[value].nonzero()
+        made = value.new_empty(found.shape, dtype=torch.int64)
+        self._known[made] = found
+        return made
 
 
 @contextlib.contextmanager
-def numberless(fake: FakeTensorMode, *, padded: bool = False) -> Iterator[None]:
-    """Make every tensor that is made within a fake one; `padded` says whether attention masks have zeros.
+def numberless(fake: FakeTensorMode) -> Iterator[None]:
+    """Make every tensor that is made within a fake one.
 
     Changes what libraries do throughout the process: for a process of its own.
     """
@@ -65,7 +95,7 @@ def numberless(fake: FakeTensorMode, *, padded: bool = False) -> Iterator[None]:
     for types in by_list:
         types.append(FakeTensor)
     try:
-        with fake, Answers(padded=padded):
+        with fake, Answers():
             yield
     finally:
         for types in by_list:

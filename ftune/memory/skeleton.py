@@ -47,7 +47,13 @@ def on_meta(recipe: Recipe, config: Any) -> Any:
     if model.attn_implementation != "auto":
         more["attn_implementation"] = model.attn_implementation
     with quiet(), no_init_weights(), torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(config, **more)
+        try:
+            made = AutoModelForCausalLM.from_config(config, **more)
+        except ValueError as error:
+            if model.attn_implementation != "sdpa" or "attention" not in str(error):
+                raise
+            # What a run falls back to, where an architecture has no fused attention.
+            made = AutoModelForCausalLM.from_config(config, **{**more, "attn_implementation": "eager"})
     made.tie_weights()
     return made
 

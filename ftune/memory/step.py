@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy

@@ -50,6 +50,9 @@ _PRODUCTS = {
     *("linear_backward", "convolution_backward"),
 }
 
+_BESIDE = ("start", "evaluation")
+"""Phases of a trace that are no part of a step."""
+
 START_SECONDS = 6e-6
 """What the processor needs to start one operator from Python: 4 to 10 microseconds are usual."""
 LEAST_SECONDS = 2e-6
@@ -92,6 +95,8 @@ def step_time(works: Iterable[Work], gpu: GpuFacts, *, tf32: bool = False) -> St
     busy: dict[str, float] = {}
     starting: dict[str, float] = {}
     for work in works:
+        if work.phase in _BESIDE:
+            continue
         busy[work.phase] = busy.get(work.phase, 0.0) + gpu_seconds(work, gpu, tf32=tf32)
         starting[work.phase] = starting.get(work.phase, 0.0) + work.count * START_SECONDS
     by_phase = {phase: max(busy[phase], starting[phase]) for phase in busy}

@@ -119,7 +119,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     callbacks = [lambda trainer: Follow(tracked, counted, evaluates=evaluated is not None)]
     with contextlib.ExitStack() as stack:
         stack.callback(tracked.unfollow)
-        stack.enter_context(numberless(fake, padded=len(set(lengths)) > 1))
+        stack.enter_context(numberless(fake))
         if on_cuda:
             stack.enter_context(as_on_cuda())
             if plugin.optimizer(spec.recipe.optimizer.method).pages_state:
@@ -136,9 +136,7 @@ def main() -> None:
     import json
 
     values = json.load(sys.stdin)
-    asked = Asked(
-        RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])}
-    )
+    asked = Asked(RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])})
     write(traced_here(asked), Path(sys.argv[1]))
 
 

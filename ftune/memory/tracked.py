@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from ftune.memory.events import Event, Owner, Trace
 from ftune.memory.work import Works
@@ -31,6 +30,10 @@ IN_PYTHON = (
 """Operators whose kernel for a CPU is itself made of operators."""
 IN_PYTHON_ON_CUDA = ("bitsandbytes::gemm_4bit",)
 """On a GPU the others are one kernel; and so is this one for up to some hundred tokens, which a batch has more of."""
+
+
+_NO_WORK = ("prim", "profiler")
+"""Operators that only ask or say something."""
 
 
 @dataclass(slots=True)
@@ -164,15 +167,17 @@ class Tracked(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         named = named or {}
+        if operation.namespace in _NO_WORK:
+            return operation(*arguments, **named)
         if operation in self._opened:
             with self:
                 return operation._op_dk(self._opened[operation], *arguments, **named)
         name = operation.name()
-        read = [value for value in tree_leaves((arguments, named)) if isinstance(value, torch.Tensor)]
+        read = [*_tensors(arguments), *_tensors(named.values())]
         for tensor in read:
             self._see(tensor, "")
         made = operation(*arguments, **named)
-        written = [value for value in tree_leaves(made) if isinstance(value, torch.Tensor)]
+        written = list(_tensors((made,)))
         for tensor in written:
             self._see(tensor, name)
         self.works.add(self._now, operation, arguments, named, read, made, written)
@@ -318,6 +323,15 @@ def _held_by(value: Any) -> Iterator[torch.Tensor]:
     elif type(value).__name__ == "QuantState":
         for inner in vars(value).values():
             yield from _held_by(inner)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among an operator's arguments or results, which may be lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

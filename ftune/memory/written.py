@@ -20,9 +20,7 @@ def write(trace: Trace, path: Path) -> None:
     }
     for name in _WORDS:
         columns[name] = [words.setdefault(str(_plain(getattr(event, name))), len(words)) for event in trace.events]
-    work = [
-        [one.phase, one.operation, one.dtype, one.count, one.flops, one.moved_bytes] for one in trace.work
-    ]
+    work = [[one.phase, one.operation, one.dtype, one.count, one.flops, one.moved_bytes] for one in trace.work]
     text = json.dumps({"words": list(words), "columns": columns, "work": work, "host_bytes": trace.host_bytes})
     path.write_bytes(zlib.compress(text.encode(), 1))
 

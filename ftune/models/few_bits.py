@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 
-from ftune import rundir
 from ftune.models.quiet import quiet
-from ftune.models.source import weight_files
 from ftune.quantized.codes import GroupCodes
-from ftune.quantized.files import read_codes
 from ftune.quantized.gptq_files import take_gptq
 from ftune.quantized.hqq_files import take_hqq
 from ftune.quantized.kinds import GPTQ, HQQ, OWN, kind_of_codes
 from ftune.quantized.model import put_codes
-from ftune.quantized.saved import REST
+from ftune.quantized.saved import read_quantized
 from ftune.recipe.schema import Model
+from ftune.tensor_files import weight_files
 
 Read = tuple[dict[str, GroupCodes], dict[str, torch.Tensor]]
 
@@ -63,9 +61,7 @@ def _skeleton(model: Model, config: Any) -> Any:
 
 
 def _own(folder: Path, settings: Mapping[str, Any]) -> Read:
-    from safetensors.torch import load_file
-
-    return read_codes(folder / rundir.CODES), load_file(folder / REST)
+    return read_quantized(folder)
 
 
 def _gptq(folder: Path, settings: Mapping[str, Any]) -> Read:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ftune import rundir
 from ftune.errors import Problem, RunError
-from ftune.models.source import damaged, weight_files
+from ftune.tensor_files import Stored, stored_in
 
 _SAMPLE_BYTES = 1024
 """Read at the beginning, the middle and the end of each tensor: milliseconds, where all of a 70B model is minutes."""
 
 
-def write(folder: Path, base: Path, name: str) -> None:
-    """Write the base's fingerprint into an adapter's folder; nothing where the base has no safetensors."""
+def write(folder: Path, base: Path, name: str, *, rounding: Mapping[str, Any] | None = None) -> None:
+    """Write the base's fingerprint into an adapter's folder; nothing where the base has no safetensors.
+
+    `rounding` says how the base was rounded, for an adapter that belongs to it in that form alone.
+    """
     made = of(base)
     if made is not None:
-        known = {"base": name, **made}
+        known = {"base": name, **({"rounding": dict(rounding)} if rounding else {}), **made}
         rundir.write_text(folder / rundir.BASE_FINGERPRINT, json.dumps(known, indent=1) + "\n")
 
 
@@ -50,40 +53,25 @@ def of(folder: Path) -> dict[str, Any] | None:
 
     How tensors are spread over files does not count. None where there are no safetensors.
     """
-    entries: dict[str, tuple[str, list[int], bytes]] = {}
-    for path in weight_files(folder):
-        entries.update(_sampled(path))
-    if not entries:
+    stored = stored_in(folder)
+    if not stored:
         return None
     digest = hashlib.sha256()
-    for name in sorted(entries):
-        kind, shape, sample = entries[name]
-        digest.update(json.dumps([name, kind, shape]).encode("ascii"))
-        digest.update(sample)
-    return {"sha256": digest.hexdigest(), "tensors": {name: entries[name][1] for name in sorted(entries)}}
+    for name in sorted(stored):
+        digest.update(json.dumps([name, stored[name].dtype, stored[name].shape]).encode("ascii"))
+        digest.update(_sample(stored[name]))
+    return {"sha256": digest.hexdigest(), "tensors": {name: list(stored[name].shape) for name in sorted(stored)}}
 
 
-def _sampled(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Return type, shape and sample of each tensor of a file, from its header and three places of each."""
-    try:
-        with path.open("rb") as content:
-            length, size = struct.unpack("<Q", content.read(8))[0], path.stat().st_size
-            header = json.loads(content.read(min(length, size)))
-            header.pop("__metadata__", None)
-            if 8 + length + max(entry["data_offsets"][1] for entry in header.values()) > size:
-                raise ValueError("it ends before its last tensor does")
-            return {name: _sample(content, 8 + length, entry) for name, entry in header.items()}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise damaged(str(path), f"{type(error).__name__}: {error}") from None
-
-
-def _sample(content: BinaryIO, start: int, entry: dict[str, Any]) -> tuple[str, list[int], bytes]:
-    begin, end = entry["data_offsets"]
+def _sample(stored: Stored) -> bytes:
+    """Return the bytes at three places of a tensor."""
+    begin, end = stored.begin, stored.end
     sample = b""
-    for place in (begin, (begin + end) // 2, max(begin, end - _SAMPLE_BYTES)):
-        content.seek(start + place)
-        sample += content.read(min(_SAMPLE_BYTES, end - place))
-    return entry["dtype"], entry["shape"], sample
+    with stored.path.open("rb") as content:
+        for place in (begin, begin + (end - begin) // 2, max(begin, end - _SAMPLE_BYTES)):
+            content.seek(place)
+            sample += content.read(min(_SAMPLE_BYTES, end - place))
+    return sample
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,17 +12,19 @@ from ftune import plugin, rundir
 from ftune.adapters.bits import dequantised
 from ftune.adapters.continued import CONFIG as ADAPTER
 from ftune.adapters.continued import attached
+from ftune.adapters.rounding import rounding_of, tell
 from ftune.data.detect import reads_plain_text
 from ftune.errors import Problem, RunError
 from ftune.models import fingerprint, golden
 from ftune.models.load import load_model, read_tokenizer
 from ftune.models.quiet import quiet
-from ftune.models.source import Say, damaged, refuse_pickles, silent, source_directory
+from ftune.models.source import Say, refuse_pickles, silent, source_directory
 from ftune.quantized.files import read_codes
 from ftune.quantized.linear import QuantizedLinear
 from ftune.quantized.model import put_codes
 from ftune.recipe.schema import Model, Recipe
 from ftune.resolve.spec import RunSpec
+from ftune.tensor_files import damaged
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ def of_folder(folder: Path, recipe: Recipe | None = None) -> Finished:
     trusted = recipe is not None and recipe.model.trust_remote_code
     if not (folder / ADAPTER).is_file():
         return Finished(folder, None, Model(model_name_or_path=str(folder), trust_remote_code=trusted))
+    rounding = rounding_of(folder)
     if recipe is None:
         base = _base_of(folder)
-        return Finished(folder, base, base)
+        return Finished(folder, base, base, rounding, rounding is not None)
     tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
-    rounded = tuning.fits_rounded_base(options)
+    rounded = rounding is not None or tuning.fits_rounded_base(options)
     return Finished(folder, recipe.model, recipe.model, tuning.quantization(options), rounded)
 
 
@@ -88,8 +91,20 @@ def write_finished(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, *, 
     plugin.tuning(recipe.tuning.method).save(model, folder, directory=directory)
     tokenizer.save_pretrained(folder)
     golden.write(folder, tokenizer, plain=reads_plain_text(recipe.data))
-    if (folder / ADAPTER).is_file():
-        fingerprint.write(folder, Path(source_directory(recipe.model)), recipe.model.model_name_or_path)
+    write_base(model, folder, recipe)
+
+
+def write_base(model: Any, folder: Path, recipe: Recipe) -> None:
+    """Write into an adapter's folder what tells its base, and whether it belongs to that as it was rounded."""
+    if not (folder / ADAPTER).is_file():
+        return
+    tuning, options, name = plugin.tuning(recipe.tuning.method), recipe.tuning.options, recipe.model.model_name_or_path
+    # One that goes on belongs to what it belonged to before.
+    rounded = tuning.fits_rounded_base(options) or getattr(model, "fits_rounded_base", False)
+    rounding = tuning.quantization(options) if rounded else None
+    fingerprint.write(folder, Path(source_directory(recipe.model)), name, rounding=rounding)
+    if rounding is not None:
+        tell(folder, name, rounding)
 
 
 def load_finished(

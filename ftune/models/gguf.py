@@ -11,8 +11,9 @@ from typing import Any
 
 from ftune.cache import cache_directory, content_hash
 from ftune.errors import MachineError, Problem, RecipeError
-from ftune.models.source import Say, damaged
+from ftune.models.source import Say
 from ftune.rundir import whole_directory
+from ftune.tensor_files import damaged
 
 _MAGIC = b"GGUF"
 _LAYOUT = "v1"

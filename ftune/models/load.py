@@ -19,13 +19,13 @@ from ftune.models.source import (
     Say,
     check_weights,
     config_of,
-    damaged,
     public_name,
     refuse_pickles,
     silent,
     source_directory,
 )
 from ftune.recipe.schema import Model
+from ftune.tensor_files import damaged
 
 HARMLESS_EXTRAS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)$")
 """Constants that old versions saved and new ones compute."""

@@ -12,6 +12,7 @@ from ftune.errors import MachineError, Problem, RecipeError, RunError
 from ftune.places import PACKAGE, expanded, meant_as_model_folder, package_folder
 from ftune.recipe.schema import Model
 from ftune.resolve.files import model_is_a_file, package_missing
+from ftune.tensor_files import damaged
 
 Say = Callable[[str], None]
 
@@ -94,26 +95,6 @@ def check_weights(folder: Path, name: str) -> None:
             raise damaged(str(folder), f"{index.name} names files that are not there: {', '.join(missing[:4])}")
     if not files:
         raise _unknown(name, f"`{folder}` holds no weights (model.safetensors)", _what_instead(folder))
-
-
-def damaged(path: str, why: str) -> RunError:
-    """Return the error for a model file that cannot be read."""
-    fix = "copy or download the model again, and compare its size with the original"
-    return RunError(Problem(rule="weights-damaged", what=f"`{path}` is damaged or incomplete", why=why, fix=fix))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors that make up a model: a folder may hold its weights twice."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise damaged(str(index), f"it cannot be read: {error}") from None
-        return [folder / shard for shard in sorted(shards)]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def refuse_pickles(folder: Path, name: str) -> None:

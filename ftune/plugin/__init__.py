@@ -20,18 +20,20 @@ from ftune.plugin.discovery import (
     optimizer,
     tuning,
 )
-from ftune.plugin.exports import Export, Tolerance
+from ftune.plugin.exports import BEFORE_ROUNDING, Export, Tolerance
 from ftune.plugin.formats import Conversation, Finding, Format, PlainText, RowError, Turn
 from ftune.plugin.objectives import Objective
 from ftune.plugin.optimizers import Gradients, Optimizer, Setting, TrainedTensor
-from ftune.plugin.tunings import StateBytes, Tuning
+from ftune.plugin.tunings import Batches, StateBytes, Tuning, no_batches
 
 __all__ = [
+    "BEFORE_ROUNDING",
     "EXPORTS",
     "FORMATS",
     "OBJECTIVES",
     "OPTIMIZERS",
     "TUNINGS",
+    "Batches",
     "Conversation",
     "Export",
     "Finding",
@@ -53,6 +55,7 @@ __all__ = [
     "format_named",
     "get",
     "names",
+    "no_batches",
     "objective",
     "optimizer",
     "tuning",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ftune.plugin.base import Plugin
 
@@ -14,6 +14,22 @@ if TYPE_CHECKING:
 
 StateBytes = Callable[[Any, int], float]
 """The bytes of optimizer state of one weight, of which something with so many bytes an element is moved."""
+
+
+class Batches(Protocol):
+    """Training rows for a tuning that looks at data before the first step: the same ones on every rank."""
+
+    def __call__(self, count: int, *, rows: int | None = None) -> Iterable[dict[str, Any]]:
+        """Yield up to `count` batches of so many rows, None being those of a training batch, on the model's device.
+
+        A batch has what the model reads, and `labels` where its rows are of one text.
+        """
+        ...
+
+
+def no_batches(count: int, *, rows: int | None = None) -> Iterable[dict[str, Any]]:
+    """Yield none: where there are no rows."""
+    return ()
 
 
 class Tuning(Plugin):
@@ -48,30 +64,29 @@ class Tuning(Plugin):
         options: Any,
         *,
         directory: Path,
-        batches: Callable[[int], Iterable[dict[str, Any]]],
+        batches: Batches,
         say: Callable[[str], None],
     ) -> Any:
         """Return the loaded model as it is trained upon, before `apply`.
 
-        What is made of it is kept in the run `directory`, for a resumed run and other ranks to have the same;
-        `batches(rows)` yields so many training rows, one by one, for one that looks at data.
+        What is made of it is kept in the run `directory`, for a resumed run and other ranks to have the same.
         """
         return model
 
     @abstractmethod
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
-        """Return the model with exactly the declared weights trainable; `batches` are those it calibrates on."""
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
+        """Return the model with exactly the declared weights trainable."""
 
     def without_numbers(self, model: Any, options: Any) -> Any:
         """Return a model on `meta`, which has shapes only, as `prepare` and `apply` leave one with weights."""
-        return self.apply(model, options)
-
-    def calibration_batches(self, options: Any) -> int:
-        """Return how many batches of training rows `apply` wants to look at."""
-        return 0
+        return self.apply(model, options, batches=no_batches)
 
     def quantization(self, options: Any) -> Mapping[str, Any] | None:
         """Return how the base is loaded in fewer bits: arguments of BitsAndBytesConfig; None loads it as it is."""
+        return None
+
+    def group_of_inputs(self, options: Any) -> int | None:
+        """Return how many inputs of a layer share a scale, where `prepare` quantises the linear layers in groups."""
         return None
 
     def fits_rounded_base(self, options: Any) -> bool:

@@ -118,7 +118,7 @@ def _record(model: Any, blocks: Sequence[nn.Module], batch: dict[str, torch.Tens
             raise _Reached
 
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     try:
         with contextlib.suppress(_Reached):
             model(**inputs, use_cache=False)

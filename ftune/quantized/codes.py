@@ -8,13 +8,13 @@ else, which is why an adapter over such groups merges exactly.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
-from ftune.errors import Problem, RecipeError
+from ftune.errors import RecipeError
+from ftune.quantized.groups import uneven
 from ftune.quantized.packing import pack, unpack
 
 _BLOCK = 1 << 20
@@ -108,14 +108,6 @@ class GroupCodes:
 
 
 def require_groups(in_features: int, group_size: int, layer: str = "a layer", every: Iterable[int] = ()) -> None:
-    """Raise RecipeError where the inputs of a layer are no whole number of groups.
-
-    Says what divides them, and the inputs of `every` other layer.
-    """
-    if in_features % group_size == 0:
-        return
-    fitting = [size for size in (8, 16, 32, 64, 128, 256) if math.gcd(in_features, *every) % size == 0]
-    fix = f"choose a group_size that divides it: {', '.join(map(str, fitting))}" if fitting else "leave this layer out"
-    why = f"a group is {group_size} consecutive inputs with one scale and one offset"
-    what = f"{layer} has {in_features} inputs, which are no whole number of groups of {group_size}"
-    raise RecipeError(Problem("group-size", what, why=why, fix=fix))
+    """Raise RecipeError where the inputs of a layer are no whole number of groups."""
+    if (problem := uneven(in_features, group_size, layer, every=every)) is not None:
+        raise RecipeError(problem)

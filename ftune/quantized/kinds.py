@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ftune.errors import RunError
+from ftune.tensor_files import stored_in_file
 
 OWN, GPTQ, HQQ = "ftune", "gptq", "hqq"
 """What config.json calls the quantisations whose codes ftune reads itself, its own first."""
@@ -27,10 +29,5 @@ def kind_of_codes(folder: Path, settings: Any) -> str | None:
 def _tensor_names(folder: Path) -> Iterator[str]:
     """Yield the names in the headers of a folder's safetensors; what cannot be read is left to whoever loads it."""
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as content:
-                (length,) = struct.unpack("<Q", content.read(8))
-                header = json.loads(content.read(length)) if length < path.stat().st_size else {}
-        except (OSError, ValueError, struct.error):
-            continue
-        yield from header if isinstance(header, dict) else ()
+        with contextlib.suppress(RunError):
+            yield from stored_in_file(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from ftune import rundir
 from ftune.errors import Problem, RecipeError
 from ftune.quantized.codes import GroupCodes
-from ftune.quantized.files import write_codes
+from ftune.quantized.files import read_codes, write_codes
 from ftune.quantized.kinds import OWN
 from ftune.quantized.model import codes_of, quantized_layers
 
@@ -20,19 +21,49 @@ REST = "rest.safetensors"
 """Everything but the codes. Not named as transformers looks for it: it would make up the weights that are missing."""
 
 
-def save_quantized(model: Any, folder: Path) -> None:
+def save_quantized(model: Any, folder: Path, *, max_shard_size: str) -> None:
     """Write a quantised model so that ftune loads it again, to talk to or to train on; the tokenizer is not written.
 
-    The folder gets config.json, the codes as in `files`, and the other weights in their own dtype.
+    The folder gets config.json, the codes as in `files`, and the other weights in their own dtype. Shards of either
+    stand by themselves, and need no index: weights of one that is missing are missing in the model.
     """
     from safetensors.torch import save_file
 
-    write_codes(folder / rundir.CODES, codes_of(model))
-    save_file(_rest(model), folder / REST, metadata={"format": "pt"})
+    codes, rest = codes_of(model), _rest(model)
+    for name, layers in _shards({layer: one.nbytes for layer, one in codes.items()}, rundir.CODES, max_shard_size):
+        write_codes(folder / name, {layer: codes[layer] for layer in layers})
+    for name, keys in _shards({key: one.nbytes for key, one in rest.items()}, REST, max_shard_size):
+        save_file({key: rest[key] for key in keys}, folder / name, metadata={"format": "pt"})
     _write_config(model, folder, {"quant_method": OWN})
 
 
-def save_torchao(model: Any, folder: Path) -> None:
+def read_quantized(folder: Path) -> tuple[dict[str, GroupCodes], dict[str, torch.Tensor]]:
+    """Return the codes and the other weights that `save_quantized` wrote."""
+    from safetensors.torch import load_file
+
+    codes = [read_codes(path) for path in _shards_in(folder, rundir.CODES)]
+    rest = [load_file(path) for path in _shards_in(folder, REST)]
+    return dict(ChainMap(*codes)), dict(ChainMap(*rest))
+
+
+def _shards(sizes: dict[str, int], name: str, max_shard_size: str) -> list[tuple[str, list[str]]]:
+    """Return the names of files, made of the name of a single one, and what goes into each, by sizes in bytes."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern=name.replace(".", "{suffix}."),
+        max_shard_size=max_shard_size,
+    )
+    return list(split.filename_to_tensors.items())
+
+
+def _shards_in(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(name.replace(".", "*.")))
+
+
+def save_torchao(model: Any, folder: Path, *, max_shard_size: str) -> None:
     """Write a quantised model as plain transformers loads it with torchao installed; the tokenizer is not written.
 
     Each weight becomes an `IntxUnpackedToInt8Tensor`, which has a floating zero-point: z = -offset / scale. A code
@@ -59,7 +90,14 @@ def save_torchao(model: Any, folder: Path) -> None:
         }
     header = {name: json.dumps(entry) for name, entry in said.items()}
     header |= {"tensor_names": json.dumps(list(said)), "format": "pt"}
-    save_file(tensors, folder / "model.safetensors", metadata=header)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    files = _shards(sizes, "model.safetensors", max_shard_size)
+    for file, keys in files:
+        save_file({key: tensors[key] for key in keys}, folder / file, metadata=header)
+    if len(files) > 1:
+        where = {key: file for file, keys in files for key in keys}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _write_config(model, folder, _torchao_settings(next(iter(codes_of(model).values()))))
 
 

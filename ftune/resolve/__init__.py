@@ -13,7 +13,7 @@ from ftune.machine import Machine
 from ftune.places import expanded
 from ftune.recipe import Loaded, order, overrides, read, source, validate
 from ftune.recipe.schema import Recipe, listed
-from ftune.resolve import adapters, files, output
+from ftune.resolve import adapters, files, groups, output
 from ftune.resolve.decide import decide
 from ftune.resolve.huggingface import training_arguments
 from ftune.resolve.spec import Decision, RunSpec
@@ -33,7 +33,7 @@ def findings(loaded: Loaded, machine: Machine | None, *, trains: bool = True) ->
 
     Where nobody is going to train, the run directory need not be free.
     """
-    found = check(loaded, machine) + _file_problems(loaded.source, trains=trains)
+    found = [*check(loaded, machine), *_file_problems(loaded.source, trains=trains), *groups.problems(loaded)]
     return sorted(found, key=lambda problem: (_SEVERITIES.index(problem.severity), *order(problem, loaded.source)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,15 @@ from typing import Any, TypeGuard
 from ftune import plugin
 from ftune.cache import content_hash
 from ftune.errors import Place, Problem
-from ftune.places import PACKAGE, locate, meant_as_data_file, meant_as_model_folder, package_folder
+from ftune.places import (
+    PACKAGE,
+    config_in,
+    locate,
+    meant_as_data_file,
+    meant_as_model_folder,
+    package_folder,
+    stored_folder,
+)
 from ftune.quantized.kinds import kind_of_codes
 from ftune.recipe.schema import PLUGIN_SECTIONS
 from ftune.recipe.source import KeyPath, Source
@@ -124,16 +131,18 @@ def _model_problems(source: Source) -> Iterator[Problem]:
         yield Problem("model-directory", f"there is no directory {name}", place, fix=_near(name, beside))
     elif found is not None and found.is_file():
         yield model_is_a_file(name, found, place)
-    elif found is not None:
-        yield from _quantised(source, found)
+    else:
+        yield from _quantised(source, name)
 
 
-def _quantised(source: Source, folder: Path) -> Iterator[Problem]:
-    method = _section(source, "tuning").get("method", PLUGIN_SECTIONS["tuning"][1])
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if method in plugin.names(plugin.TUNINGS) and (problem := quantised_base(folder, config, method)) is not None:
-            yield dataclasses.replace(problem, where=source.value(("model", "model_name_or_path")))
+def _quantised(source: Source, name: str) -> Iterator[Problem]:
+    method, model = _section(source, "tuning").get("method", PLUGIN_SECTIONS["tuning"][1]), _section(source, "model")
+    folder = stored_folder(name, _directory(source), revision=model.get("revision"))
+    config = config_in(folder) if folder and not model.get("gguf_file") else None
+    if folder is None or config is None or method not in plugin.names(plugin.TUNINGS):
+        return
+    if (problem := quantised_base(folder, config, method)) is not None:
+        yield dataclasses.replace(problem, where=source.value(("model", "model_name_or_path")))
 
 
 def quantised_base(folder: Path, config: Mapping[str, Any], method: str) -> Problem | None:

@@ -65,16 +65,6 @@ def trained_units(units: Iterable[Unit], trained: Iterable[Any]) -> list[Unit]:
     return [unit for unit in units if any(id(weight) in known for weight in unit.weights)]
 
 
-def free_all(model: Any) -> Any:
-    """Return the model with every weight trained; raise RecipeError where they are stored as integers."""
-    if getattr(model, "is_quantized", False):
-        what = "the weights of a quantised model cannot be moved, neither all at once nor in turn"
-        fix = "set tuning.method: lora, or name the unquantised model"
-        raise RecipeError(Problem("base-quantised", what, why="they are stored as integers", fix=fix))
-    model.requires_grad_(True)
-    return model
-
-
 def _unit(name: str, weights: Iterable[torch.nn.Parameter], taken: set[int]) -> Unit:
     own = []
     for weight in weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ftune import plugin
 from ftune.errors import Problem, RecipeError
@@ -129,12 +129,19 @@ def _method(package: str, name: str) -> str:
         lines.append(f"  a row: {found.columns}")
     if isinstance(found, plugin.Export):
         lines.append(f"  read by: {found.read_by}")
-        lines += [f"  --dtype {dtype}: at most {tolerance}" for dtype, tolerance in found.tolerances.items()]
+        lines += [f"  --dtype {dtype}: {limit}" for dtype, limit in _limits(found)]
         lines.append(f"  refuses: {found.refuses}")
     if found.needs:
         lines.append("  needs: " + ", ".join(found.needs))
     own = keys_of(name, found.Options)
     return "\n\n".join(["\n".join(lines), *[_key(key) for key in own]])
+
+
+def _limits(form: plugin.Export) -> Iterator[tuple[str, str]]:
+    """Yield each type that weights can be stored in, and how far that may be off, in words."""
+    for dtype, tolerance in form.tolerances.items():
+        limit = f"at most {tolerance}" if tolerance else "what it costs is told"
+        yield dtype, f"{limit}; {plugin.BEFORE_ROUNDING.limit:g} before rounding" if dtype in form.rounds else limit
 
 
 def _schedule(name: str) -> str:
@@ -215,7 +222,7 @@ def _method_page(package: str, name: str) -> str:
         lines += ["", f"* A row: `{found.columns}`"]
     if isinstance(found, plugin.Export):
         lines += ["", f"* Read by {found.read_by}.", f"* Refuses {found.refuses}."]
-        lines += [f"* `--dtype {dtype}`: at most {tolerance}." for dtype, tolerance in found.tolerances.items()]
+        lines += [f"* `--dtype {dtype}`: {limit}." for dtype, limit in _limits(found)]
     if found.needs:
         lines += ["", "* Needs: " + ", ".join(f"`{need}`" for need in found.needs)]
     owners = {plugin.OPTIMIZERS: "training.optim_args", plugin.TUNINGS: "tuning", plugin.OBJECTIVES: "objective"}

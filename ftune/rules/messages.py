@@ -15,6 +15,7 @@ MESSAGES = {
     "recipe-file": "The recipe's file is not there, is a directory, or is not UTF-8 text.",
     "recipe-mapping": "A recipe given from Python holds something that YAML cannot write.",
     "unknown-key": "No section, or not this one, has a key of that name.",
+    "no-shards": "`--max-shard-size` was given for a format that writes all weights into one file.",
     "unknown-method": "There is no optimizer, tuning, objective or format of that name.",
     "gpu-name": "`--gpu` names no GPU that ftune knows, or several with different memory.",
     "unknown-configuration": "A model is planned for whose config.json is neither in a directory nor in the catalogue.",
@@ -27,6 +28,7 @@ MESSAGES = {
     "unknown-name": "`ftune explain` was asked for a name that nothing has.",
     "unknown-recipe": "No recipe of that name comes with ftune; `ftune init --list` shows those that do.",
     "yaml": "The recipe is not YAML, or holds what has no meaning in a recipe (tags, several documents).",
+    "adapter-rounding": "An adapter that makes up for what rounding took was put on a base that is not rounded so.",
     "adapter-differs": "The recipe gives an adapter that is trained on another shape or scale than it was made with.",
     "adapter-folder": "`tuning.adapter` names a folder without an adapter, or one that fits only a base that was "
     "changed for it.",

@@ -91,10 +91,15 @@ def most_at_once(keep: int | None, saves: int) -> int:
     return saves if keep is None else min(saves, keep + 2)
 
 
+def room_needed(*, checkpoint_bytes: int, model_bytes: int, keep: int | None, saves: int) -> int:
+    """Return the bytes of disk that a run takes at most: its checkpoints and its result."""
+    return most_at_once(keep, saves) * checkpoint_bytes + model_bytes
+
+
 def check_room(directory: Path, *, checkpoint_bytes: int, model_bytes: int, keep: int | None, saves: int) -> None:
     """Raise MachineError where the disk has no room for what the run will write."""
     count = most_at_once(keep, saves)
-    needed = count * checkpoint_bytes + model_bytes
+    needed = room_needed(checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes, keep=keep, saves=saves)
     free = shutil.disk_usage(directory).free
     if free >= needed:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ftune.data.collate import Collator
 from ftune.data.lengths import NOW, length_summary, padding_of
 from ftune.data.prepare import LOOKED_AT, Prepared, Stored, prepare
 from ftune.errors import RecipeError
+from ftune.models import fingerprint
 from ftune.models.load import load_model
 from ftune.models.quiet import quiet
 from ftune.models.source import config_of, source_directory
@@ -24,6 +25,8 @@ from ftune.recipe.schema import Recipe
 from ftune.resolve import Decision, RunSpec, files
 from ftune.training import directory, progress
 
+_READ = ("input_ids", "attention_mask", "position_ids", "labels")
+"""What a tuning sees of a batch."""
 _CHEAPER = {"packing": "data.packing: true", "group_by_length": "training.group_by_length: true"}
 """Settings that leave less padding."""
 _WORTH_SAYING = 0.1
@@ -39,6 +42,9 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     held = config_of(folder, recipe.model.model_name_or_path)
     if (problem := files.quantised_base(folder, held, recipe.tuning.method)) is not None:
         raise RecipeError(problem)
+    if (adapter := getattr(recipe.tuning.options, "adapter", None)) is not None:
+        base = Path(source_directory(recipe.model, shown.say))
+        fingerprint.check(Path(adapter), base, recipe.model.model_name_or_path)
     load = functools.partial(load_model, device_type=spec.device_type, say=shown.say, quantization=bits)
     try:
         return spec, load(recipe.model)
@@ -52,26 +58,23 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     return spec, load(spec.recipe.model)
 
 
-def batches_to_look_at(spec: RunSpec, data: Prepared, collator: Collator, device: Any) -> Iterator[dict[str, Any]]:
-    """Yield the batches that the tuning wants to see before the first step: the same ones on every rank.
-
-    Of rows that are all there, they are drawn by the seed; of a stream they are the first.
-    """
+def batches_to_look_at(spec: RunSpec, data: Prepared, collator: Collator, device: Any) -> plugin.Batches:
+    """Return what yields batches before the first step: of rows that are all there, drawn by the seed; of a stream, the
+    first."""
     training = spec.recipe.training
-    wanted = plugin.tuning(spec.recipe.tuning.method).calibration_batches(spec.recipe.tuning.options)
-    if not wanted:
-        return
-    rows = data.train
-    chance = torch.Generator().manual_seed(training.seed) if hasattr(rows, "__len__") else None
-    loader = DataLoader(
-        rows,
-        batch_size=training.per_device_train_batch_size,
-        shuffle=chance is not None,
-        generator=chance,
-        collate_fn=collator,
-    )
-    for batch in itertools.islice(loader, wanted):
-        yield {name: values.to(device) for name, values in batch.items()}
+
+    def batches(count: int, *, rows: int | None = None) -> Iterator[dict[str, Any]]:
+        loader = DataLoader(
+            data.train,
+            batch_size=rows or training.per_device_train_batch_size,
+            shuffle=hasattr(data.train, "__len__"),
+            generator=torch.Generator().manual_seed(training.seed),
+            collate_fn=collator,
+        )
+        for batch in itertools.islice(loader, count):
+            yield {name: batch[name].to(device) for name in _READ if name in batch}
+
+    return batches
 
 
 def load_rows(spec: RunSpec, tokenizer: object) -> Prepared:
@@ -88,26 +91,11 @@ def ready(spec: RunSpec, model: Any, data: Prepared, collator: Collator, shown: 
     """Return the model as the recipe's tuning trains it: what it is trained upon made, and the rest of it frozen."""
     recipe = spec.recipe
     tuning, options = plugin.tuning(recipe.tuning.method), recipe.tuning.options
-    model = tuning.prepare(
-        model,
-        options,
-        directory=Path(recipe.training.output_dir),
-        batches=lambda count: single_rows(data.train, collator, count),
-        say=shown.say,
-    )
+    batches = batches_to_look_at(spec, data, collator, model.device)
+    home = Path(recipe.training.output_dir)
+    model = tuning.prepare(model, options, directory=home, batches=batches, say=shown.say)
     with quiet():
-        return tuning.apply(model, options, batches=batches_to_look_at(spec, data, collator, model.device))
-
-
-def single_rows(rows: Any, collator: Any, count: int) -> Iterator[dict[str, Any]]:
-    """Yield what a model reads of up to `count` rows, one at a time, from all over the data where that can be done."""
-    if hasattr(rows, "__len__"):
-        chosen: Iterable[Any] = (rows[number] for number in range(0, len(rows), max(1, len(rows) // count)))
-    else:
-        chosen = iter(rows)
-    for row in itertools.islice(chosen, count):
-        batch = collator([row])
-        yield {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        return tuning.apply(model, options, batches=batches)
 
 
 def prompts_of(spec: RunSpec, data: Prepared) -> tuple[object, ...]:

@@ -24,6 +24,7 @@ from ftune import plugin, rundir
 from ftune.embeddings import embedding_weights, end_weights
 from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
+from ftune.models.finished import write_base
 from ftune.recipe.schema import Recipe
 from ftune.training import checkpoint
 from ftune.training.callbacks import StopOnRequest
@@ -265,6 +266,7 @@ class FtuneTrainer(ShrinkingTrainer):
     def _write_state(self, folder: Path) -> None:
         if self.args.should_save:
             self._save(str(folder))
+            write_base(self.model, folder, self.recipe)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ftune.options import Flag, Integer, Options
-from ftune.plugin import StateBytes, Tuning
+from ftune.plugin import Batches, StateBytes, Tuning
 
 _SHORTEST, _LONGEST = 50, 100
 
@@ -32,10 +32,10 @@ class BAdam(Tuning):
     rotates = True
     Options = BAdamOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
-        from ftune.rotation.units import free_all, units_of
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
+        from ftune.rotation.units import units_of
 
-        free_all(model)
+        model.requires_grad_(True)
         units = units_of(model)
         for unit, included in ((units.embedding, options.include_embedding), (units.head, options.include_head)):
             for weight in unit.weights:

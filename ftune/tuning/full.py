@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ftune.options import Options
-from ftune.plugin import Tuning
+from ftune.plugin import Batches, Tuning
 
 
 class FullOptions(Options):
@@ -18,7 +17,7 @@ class Full(Tuning):
     summary = "Every weight is trained."
     Options = FullOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         model.requires_grad_(True)
         return model
 

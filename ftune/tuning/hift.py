@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from ftune.options import Flag, Integer, Options
-from ftune.plugin import StateBytes, Tuning
+from ftune.plugin import Batches, StateBytes, Tuning
 
 
 class HiFTOptions(Options):
@@ -29,10 +29,9 @@ class HiFT(Tuning):
     rotates = True
     Options = HiFTOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
-        from ftune.rotation.units import free_all
-
-        return free_all(model)
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
+        model.requires_grad_(True)
+        return model
 
     def copies_in_float32(self, options: Any) -> bool:
         return bool(options.mixed)

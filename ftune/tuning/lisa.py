@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import Field
 
 from ftune.errors import Problem, RecipeError
 from ftune.options import Integer, Options
-from ftune.plugin import StateBytes, Tuning
+from ftune.plugin import Batches, StateBytes, Tuning
 
 
 class LISAOptions(Options):
@@ -28,10 +28,9 @@ class LISA(Tuning):
     rotates = True
     Options = LISAOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
-        from ftune.rotation.units import free_all
-
-        return free_all(model)
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
+        model.requires_grad_(True)
+        return model
 
     def state_bytes(self, model: Any, trained: Sequence[Any], of: StateBytes, options: Any) -> float:
         """Return the bytes of the states of both ends and of the largest layers that can move together."""

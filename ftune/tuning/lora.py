@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters.options import LoRAOptions
 from ftune.adapters.rates import loraplus_rate
-from ftune.plugin import Tuning
+from ftune.plugin import Batches, Tuning, no_batches
 
 
 class LoRA(Tuning):
@@ -19,7 +18,7 @@ class LoRA(Tuning):
     learning_rate_reason = "adapters start at zero and are small: the customary rate for LoRA"
     Options = LoRAOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         from ftune.adapters.lora import add_lora
 
         return add_lora(model, options, batches=batches)
@@ -34,10 +33,7 @@ class LoRA(Tuning):
 
     def without_numbers(self, model: Any, options: Any) -> Any:
         # Every start ends in the same shapes; some ask the weights for numbers.
-        return self.apply(model, options.model_copy(update={"init_lora_weights": True}))
-
-    def calibration_batches(self, options: Any) -> int:
-        return options.eva_batches if options.init_lora_weights == "eva" else 0
+        return self.apply(model, options.model_copy(update={"init_lora_weights": True}), batches=no_batches)
 
     def learning_rate_of(self, name: str, weight: Any, learning_rate: float, options: Any) -> float:
         return loraplus_rate(name, weight, learning_rate, options)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters.options import LoRAOptions
-from ftune.plugin import Tuning
+from ftune.plugin import Batches, Tuning
 
 
 class LoRAAndFull(Tuning):
@@ -15,11 +14,10 @@ class LoRAAndFull(Tuning):
     folds = True
     Options = LoRAOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         from ftune.adapters.beside import add_beside
-        from ftune.rotation.units import free_all
 
-        return add_beside(free_all(model), options)
+        return add_beside(model, options, batches=batches)
 
     def adapter_weights(self, model: Any) -> list[Any]:
         from ftune.adapters.beside import adapter_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from ftune import rundir
 from ftune.adapters.options import Count, LowRankOptions
 from ftune.errors import Problem, RecipeError
 from ftune.options import Integer, Positive
-from ftune.plugin import Tuning
+from ftune.plugin import Batches, Tuning, no_batches
 
 
 class QALoRAOptions(LowRankOptions):
@@ -49,7 +49,7 @@ class QALoRA(Tuning):
         options: Any,
         *,
         directory: Path,
-        batches: Callable[[int], Iterable[dict[str, Any]]],
+        batches: Batches,
         say: Callable[[str], None],
     ) -> Any:
         from filelock import FileLock
@@ -78,7 +78,7 @@ class QALoRA(Tuning):
             write_codes(path, codes_of(model))
         return model
 
-    def _fit(self, model: Any, names: list[str], options: Any, batches: Any, say: Callable[[str], None]) -> None:
+    def _fit(self, model: Any, names: list[str], options: Any, batches: Batches, say: Callable[[str], None]) -> None:
         from ftune.quantized.calibration import quantise_sequentially
         from ftune.quantized.half_quadratic import fit_half_quadratic
         from ftune.quantized.minmax import fit_minmax
@@ -88,7 +88,7 @@ class QALoRA(Tuning):
         bits, group_size = options.bits, options.group_size
         say(f"quantising {len(names)} layers to {bits} bits in groups of {group_size}, by {options.fit}")
         if options.fit == "gptq":
-            calibration = batches(options.calibration_rows)
+            calibration = batches(options.calibration_rows, rows=1)
             quantise_sequentially(
                 model, blocks_of(model), names, calibration, bits=bits, group_size=group_size, say=say
             )
@@ -96,7 +96,7 @@ class QALoRA(Tuning):
             fit = {"minmax": fit_minmax, "hqq": fit_half_quadratic}[options.fit]
             quantise(model, names, lambda weight: fit(weight, bits, group_size))
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         from ftune.adapters.pooled import add_pooled_lora
         from ftune.adapters.targets import matched
         from ftune.quantized.linear import QuantizedLinear
@@ -112,7 +112,10 @@ class QALoRA(Tuning):
         if not dict(quantized_layers(model)):
             # Whatever the fit, its codes, scales and offsets have these shapes.
             quantise(model, linear_layers(model), lambda weight: fit_minmax(weight, options.bits, options.group_size))
-        return self.apply(model, options)
+        return self.apply(model, options, batches=no_batches)
+
+    def group_of_inputs(self, options: Any) -> int | None:
+        return int(options.group_size)
 
     def fingerprint(self, model: Any) -> str | None:
         from ftune.quantized.files import fingerprint

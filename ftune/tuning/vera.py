@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ftune.adapters.options import VeRAOptions
-from ftune.plugin import Tuning
+from ftune.plugin import Batches, Tuning
 
 
 class VeRA(Tuning):
@@ -18,7 +17,7 @@ class VeRA(Tuning):
     learning_rate_reason = "its authors' rate for instruction tuning: vectors move further than matrices"
     Options = VeRAOptions
 
-    def apply(self, model: Any, options: Any, *, batches: Iterable[dict[str, Any]] = ()) -> Any:
+    def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:
         from ftune.adapters.vera import add_vera
 
         return add_vera(model, options)

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ftune import rundir
+from ftune.adapters.rounding import tell
 from ftune.errors import Problem, RecipeError
 from ftune.models.finished import ADAPTER
 from ftune.weights.files import NAMES, tensors_of
@@ -36,6 +37,8 @@ def write(source: Source, folder: Path, dtype: str) -> None:
     for name in (ADAPTER, rundir.BASE_FINGERPRINT):
         if (source.found.folder / name).is_file():
             shutil.copyfile(source.found.folder / name, folder / name)
+    if source.found.fits_rounded_base and source.found.quantization is not None:
+        tell(folder, source.name, source.found.quantization)
     write_tokenizer(source, folder)
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ftune.models.source import check_weights, damaged, refuse_pickles, weight_files
+from ftune.models.source import check_weights, refuse_pickles
+from ftune.tensor_files import Stored, damaged, stored_in, stored_in_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,16 +29,6 @@ NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 """What weights may be stored in, by the names of configurations and of `--dtype`."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies."""
-
-    path: Path
-    begin: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 class Files:
     """The tensors of a folder, found by their names; only what is read takes memory.
 
@@ -52,17 +40,17 @@ class Files:
         """Look into every file of a model that is spoken of as `name`."""
         refuse_pickles(folder, name)
         check_weights(folder, name)
-        self._places: dict[str, _Place] = {}
-        for path in weight_files(folder):
-            self._places.update(_places(path))
-        self.shapes = {key: place.shape for key, place in self._places.items()}
+        self._stored = stored_in(folder)
+        for stored in self._stored.values():
+            _dtype(stored)
+        self.shapes = {key: stored.shape for key, stored in self._stored.items()}
 
     def read(self, key: str) -> torch.Tensor:
         """Return a tensor as it is stored, in memory of its own."""
-        place = self._places[key]
-        made = torch.empty(place.shape, dtype=place.dtype)
-        with _explained(place.path), place.path.open("rb", buffering=0) as content:
-            content.seek(place.begin)
+        stored = self._stored[key]
+        with _explained(stored.path), stored.path.open("rb", buffering=0) as content:
+            made = torch.empty(stored.shape, dtype=_dtype(stored))
+            content.seek(stored.begin)
             rest = memoryview(made.flatten().view(torch.uint8).numpy()) if made.numel() else memoryview(b"")
             while len(rest):
                 count = content.readinto(rest)
@@ -72,35 +60,16 @@ class Files:
         return made
 
 
-def _places(path: Path) -> dict[str, _Place]:
-    check_file(path)
-    with _explained(path), path.open("rb") as content:
-        length = struct.unpack("<Q", content.read(8))[0]
-        header = json.loads(content.read(length))
-        header.pop("__metadata__", None)
-        return {
-            key: _Place(path, 8 + length + entry["data_offsets"][0], _dtype(entry["dtype"]), tuple(entry["shape"]))
-            for key, entry in header.items()
-        }
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise OSError(f"it holds numbers of a type that is no plain one ({name})")
-    return DTYPES[name]
+def _dtype(stored: Stored) -> torch.dtype:
+    if stored.dtype not in DTYPES:
+        raise damaged(str(stored.path), f"it holds numbers of a type that is no plain one ({stored.dtype})")
+    return DTYPES[stored.dtype]
 
 
 def check(folder: Path) -> None:
     """Raise RunError where a safetensors file of a folder is cut short or is none; reads headers alone."""
-    for path in sorted(folder.glob("*.safetensors")):
-        check_file(path)
-
-
-def check_file(path: Path) -> None:
-    """Raise RunError where a file is no safetensors, or is cut short."""
-    # Numpy maps it read-only, which takes no memory however large the file is.
-    with _explained(path), safe_open(path, framework="np") as opened:
-        opened.keys()
+    for path in folder.glob("*.safetensors"):
+        stored_in_file(path)
 
 
 @contextlib.contextmanager
@@ -122,7 +91,5 @@ def stored_dtype(folder: Path, config: dict[str, Any]) -> str:
     said = config.get("dtype") or config.get("torch_dtype")
     if said in NAMES:
         return str(said)
-    for path in weight_files(folder):
-        for place in _places(path).values():
-            return next((name for name, dtype in NAMES.items() if dtype is place.dtype), "float32")
-    return "float32"
+    first = next(iter(stored_in(folder).values()), None)
+    return next((name for name, dtype in NAMES.items() if first and DTYPES.get(first.dtype) is dtype), "float32")

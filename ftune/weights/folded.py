@@ -14,9 +14,10 @@ from ftune.adapters.pooled import fold_pooled
 from ftune.errors import Problem, RecipeError, RunError
 from ftune.models.finished import Finished, attach
 from ftune.models.quiet import quiet
-from ftune.models.source import config_of, damaged
+from ftune.models.source import config_of
 from ftune.quantized.linear import QuantizedLinear
 from ftune.quantized.model import codes_of, dequantised
+from ftune.tensor_files import damaged
 from ftune.weights.files import NAMES, Files
 from ftune.weights.skeleton import NotStreamable, absent, filled, located, skeleton, ties
 
@@ -149,6 +150,21 @@ class Streamed:
         generation = self.folder / "generation_config.json"
         if generation.is_file():
             shutil.copyfile(generation, folder / generation.name)
+
+
+class Computable:
+    """Streamed weights as modules take them to compute: whole, since the adapter's modules stay with `weights`."""
+
+    def __init__(self, weights: Streamed) -> None:
+        self.model = self.adapted = skeleton(str(weights.folder))
+        self.parts: dict[str, Any] = {}
+        self.stored = weights.read
+        own = dict(weights.model.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(own[name])
+
+    def part_of(self, _name: str) -> None:
+        return None
 
 
 class InMemory:

@@ -19,7 +19,7 @@ from ftune.models.source import Say, check_weights, config_of, refuse_pickles, s
 from ftune.resolve.spec import RunSpec
 from ftune.units import format_bytes
 from ftune.weights import files
-from ftune.weights.folded import InMemory, Streamed, Weights
+from ftune.weights.folded import Computable, InMemory, Streamed, Weights
 from ftune.weights.layerwise import computing
 from ftune.weights.skeleton import NotStreamable
 
@@ -128,6 +128,16 @@ class Source:
             return self.streamed
         self.say(f"merging in memory: {self.streamed}")
         return InMemory(self.taken())
+
+    @contextlib.contextmanager
+    def computing_whole(self) -> Iterator[Any]:
+        """Yield the model in float32 with the weights that a format is given."""
+        if isinstance(self.weights, Streamed):
+            with computing(Computable(self.weights)) as model:
+                yield model
+        else:
+            yield self.weights.model
+            del self.weights  # made anew when it is asked for: writing takes the memory
 
     def taken(self) -> Any:
         """Return the model in float32 with its adapter beside it, for the caller to change."""

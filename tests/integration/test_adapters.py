@@ -21,9 +21,10 @@ from training_runs import EVALUATION, losses, recipe, rows_file, same_bits, weig
 
 import ftune
 from ftune import chat, export
-from ftune.errors import RecipeError
+from ftune.adapters.rounding import rounding_of
+from ftune.errors import RecipeError, RunError
 from ftune.machine import probe
-from ftune.models.finished import load_finished, of_run
+from ftune.models.finished import load_finished, of_folder, of_run
 from ftune.training import resuming, run
 
 ROOT = Path(__file__).parents[2]
@@ -222,6 +223,75 @@ def test_an_adapter_that_fits_the_rounded_base_is_merged_with_that(trained: Any,
     torch.testing.assert_close(found, trained("loftq").logits[0], rtol=0, atol=1e-4)
 
 
+def taken_out(run: Path, folder: Path) -> Path:
+    """Return a copy of a run's adapter without the run around it."""
+    return Path(shutil.copytree(run / "model", folder))
+
+
+class TestAnAdapterOfTheRoundedBase:
+    """By itself it says where it belongs: it is right there, and refused elsewhere."""
+
+    def test_it_is_right_by_itself(self, trained: Any, tmp_path: Path) -> None:
+        runs = trained("loftq")
+        folder = taken_out(runs.whole, tmp_path / "adapter")
+        assert not (folder.parent / "run.json").exists()
+        rounded, _ = chat.open_target(str(folder))
+        plain = load_finished(of_folder(folder), dtype="float32")
+        with torch.no_grad():
+            torch.testing.assert_close(rounded(input_ids=IDS).logits, runs.logits[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(plain(input_ids=IDS).logits, runs.logits[0], rtol=0, atol=1e-4)
+
+    def test_it_is_merged_right_where_the_run_has_lost_its_settings(self, trained: Any, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        taken_out(trained("loftq").whole, tmp_path / "run" / "model")
+        export.merge(tmp_path / "run", tmp_path / "merged")
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        with torch.no_grad():
+            found = whole(input_ids=IDS).logits
+        torch.testing.assert_close(found, trained("loftq").logits[0], rtol=0, atol=1e-4)
+
+    def test_it_says_so_to_its_readers(self, trained: Any, tmp_path: Path) -> None:
+        runs = trained("loftq")
+        export.export(runs.whole, tmp_path / "alone", format="adapter")
+        for folder in (runs.whole / "model", tmp_path / "alone"):
+            said = (folder / "README.md").read_text()
+            assert said.count("is wrong on the weights as they are") == 1
+            assert "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4'" in said
+            assert rounding_of(folder) == of_run(runs.whole).quantization
+        assert rounding_of(trained("qlora").whole / "model") is None
+        assert not (trained("qlora").whole / "model" / "README.md").read_text().count("wrong on the weights")
+
+    @pytest.mark.parametrize("where", ["model", "checkpoints/checkpoint-2"])
+    @pytest.mark.parametrize("tuning", [{"method": "lora"}, {"method": "qlora", "bnb_4bit_quant_type": "fp4"}], ids=str)
+    def test_it_is_not_trained_on_elsewhere(
+        self, where: str, tuning: dict[str, Any], trained: Any, tiny_model: Path, rows: Path, tmp_path: Path
+    ) -> None:
+        values = {**tuning, "adapter": str(trained("loftq").whole / where)}
+        with pytest.raises(RecipeError) as caught:
+            ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=values))
+        assert caught.value.problems[0].rule == "adapter-rounding"
+        assert "load_in_4bit: true, bnb_4bit_quant_type: nf4" in caught.value.problems[0].fix
+
+    def test_what_goes_on_belongs_there_too(self, trained: Any, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+        before = trained("loftq").whole / "model"
+        tuning = {"method": "qlora", "adapter": str(before)}
+        settings = {"max_steps": 2, "learning_rate": 1e-30}
+        ftune.train(recipe(tiny_model, rows, tmp_path / "run", tuning=tuning, training=settings))
+        assert rounding_of(tmp_path / "run" / "model") == rounding_of(before)
+        again = load_finished(of_run(tmp_path / "run"), dtype="float32")
+        with torch.no_grad():
+            torch.testing.assert_close(again(input_ids=IDS).logits, trained("loftq").logits[0], rtol=0, atol=1e-4)
+
+
+def test_an_adapter_goes_on_upon_its_own_base_alone(trained: Any, make_tiny: Any, rows: Path, tmp_path: Path) -> None:
+    other = make_tiny(tmp_path / "other", seed=5)
+    tuning = {"method": "lora", "adapter": str(trained("qlora").whole / "model")}
+    with pytest.raises(RunError) as caught:
+        ftune.train(recipe(other, rows, tmp_path / "run", tuning=tuning))
+    assert caught.value.problems[0].rule == "base-differs"
+
+
 class TestQuantisedBases:
     @pytest.fixture(scope="class")
     def quantised(self, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -235,7 +305,10 @@ class TestQuantisedBases:
 
     @pytest.mark.parametrize(
         ("method", "said"),
-        [("full", "cannot move"), ("hift", "cannot move"), ("lisa", "cannot move"), ("qlora", "quantised already")],
+        [
+            *((method, "cannot move") for method in ("full", "hift", "lisa", "badam", "lora_and_full")),
+            ("qlora", "quantised already"),
+        ],
     )
     def test_refused_where_they_cannot_be_trained(
         self, method: str, said: str, quantised: Path, rows: Path, tmp_path: Path

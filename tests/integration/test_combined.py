@@ -57,6 +57,18 @@ def test_ten_steps_and_ten_more_are_twenty(
     assert losses(stopped) == found
 
 
+def test_an_adapter_that_begins_along_its_inputs(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    """B begins at zero: the first step says what the model says, and the next ones go another way."""
+    found = []
+    for start in (True, "eva"):
+        tuning = {**TUNING, "init_lora_weights": start, "eva_batches": 2}
+        training = settings_of("adamw_torch", max_steps=3)
+        values = recipe(tiny_model, rows, tmp_path / str(start), tuning=tuning, training=training)
+        found.append(losses(ftune.train(values).directory))
+    assert found[0][0] == found[1][0]
+    assert found[0][1:] != found[1][1:]
+
+
 class TestARun:
     @pytest.fixture(scope="class")
     def finished(self, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows: Path, ftune: Any) -> Path:

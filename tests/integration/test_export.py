@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import recipe, rows_file
 
 import ftune as package
-from ftune import chat, export, rundir
+from ftune import chat, export, plugin, rundir
 from ftune.errors import FtuneError, MachineError, RecipeError, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -116,6 +116,9 @@ def test_the_command(home: Path, tmp_path: Path, ftune: Callable[..., Any]) -> N
     assert answer.returncode == 0, answer.stderr
     assert "beside the run on 4 prompts: largest logit difference 0, mean KL 0 (allowed: 0.001" in answer.stdout
     assert "asking the run's model, in memory\n" in answer.stderr
+    for folder in (home / "full" / "model", tmp_path / "out"):
+        modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+        assert modes == {folder.stat().st_mode & 0o666}, "a user shares them, and has an umask to say with whom"
     wrong = ftune("export", home / "full", "--format", "safetensor", "--output", tmp_path / "other")
     assert wrong.returncode == 2
     assert "did you mean `safetensors`?" in wrong.stderr
@@ -182,6 +185,11 @@ def test_what_makes_no_sense_is_refused(home: Path, tmp_path: Path) -> None:
     assert (type(error), error.problems[0].rule) == (RecipeError, "bad-value")
     error = refused(home / "lora", tmp_path / "out", max_shard_size="many")
     assert (type(error), error.problems[0].rule) == (RecipeError, "bad-value")
+    for name in plugin.names(plugin.EXPORTS):
+        if not plugin.export(name).shards:
+            error = refused(home / "lora", tmp_path / "out", format=name, max_shard_size="1GB")
+            assert (type(error), error.problems[0].rule) == (RecipeError, "no-shards")
+            assert "hub, low_bit, nf4, safetensors, torchao" in error.problems[0].fix
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     error = refused(home / "lora", tmp_path / "out")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from training_runs import recipe, rows_file
 
 import ftune as package
-from ftune import chat, export, rundir
-from ftune.errors import RecipeError
+from ftune import chat, export, plugin, rundir
+from ftune.adapters.pooled import fold_pooled
+from ftune.errors import RecipeError, RunError
 from ftune.quantized.files import read_codes
 from ftune.quantized.model import codes_of
+from ftune.weights import coded, folded
+from ftune.weights.folded import Streamed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 IDS = [[0, 20, 30, 40, 50, 60]]
@@ -73,16 +77,20 @@ def test_the_rest_may_take_16_bits_and_offsets_do_not(home: Path, tmp_path: Path
 _PLAIN = """
 import json, sys, torch, transformers
 sys.modules["ftune"] = None
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
 with torch.no_grad():
     print(json.dumps(model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
 """
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_torchao_is_read_by_plain_transformers_in_a_fresh_process(bits: int, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "dtype", "off"), [*((bits, "float32", 1e-4) for bits in (2, 3, 4, 8)), (4, "bfloat16", 0.05)]
+)
+def test_torchao_is_read_by_plain_transformers_in_a_fresh_process(
+    bits: int, dtype: str, off: float, home: Path, tmp_path: Path
+) -> None:
     run = home / f"qalora-{bits}"
-    export.export(run, tmp_path / "out", format="torchao")
+    export.export(run, tmp_path / "out", format="torchao", dtype=dtype)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PLAIN, str(tmp_path / "out"), json.dumps(IDS)],
         cwd=tmp_path,
@@ -93,7 +101,7 @@ def test_torchao_is_read_by_plain_transformers_in_a_fresh_process(bits: int, hom
     )
     assert done.returncode == 0, done.stderr
     found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    assert (found - logits(chat.open_target(str(run))[0])).abs().max() < 1e-4
+    assert (found - logits(chat.open_target(str(run))[0])).abs().max() < off
 
 
 @pytest.mark.parametrize("run", ["lora", "qlora"])
@@ -122,6 +130,89 @@ def test_nf4_is_the_sum_rounded_once_and_says_what_it_costs(
     )
     expected = functional.dequantize_4bit(codes, state)
     assert torch.equal(bits.dequantised_weight(written.get_submodule(name)), expected)
+
+
+ONE = "model.layers.1.self_attn.v_proj"
+"""A layer whose adapter is lost: the smallest there is."""
+
+
+@pytest.mark.parametrize(
+    ("where", "form", "dtype"),
+    [
+        *[("folding", form, dtype) for form, dtype in (("nf4", "bfloat16"), ("safetensors", "bfloat16"))],
+        *[("writing", "nf4", dtype) for dtype in ("float32", "bfloat16")],
+        *[("writing", "gguf", dtype) for dtype in ("q8_0", "bfloat16", "float16")],
+        *[("writing", "safetensors", "bfloat16"), ("writing", "hub", "float16")],
+    ],
+)
+def test_the_adapter_of_one_layer_is_missed(
+    where: str, form: str, dtype: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost while it is folded in, the answers of the whole weights show it; lost later, the weights themselves do."""
+    fold, read = Streamed._fold, Streamed.read
+    if where == "folding":
+        monkeypatch.setattr(
+            Streamed,
+            "_fold",
+            lambda self, part: (
+                {f"{ONE}.weight": self.stored(f"{ONE}.weight").float()} if part.path == ONE else fold(self, part)
+            ),
+        )
+    else:
+        found = type(plugin.export(form))
+        write = found.write
+
+        def lose(*arguments: Any, **options: Any) -> None:
+            with monkeypatch.context() as during:
+                during.setattr(
+                    Streamed, "read", lambda self, name: (self.stored if ONE in name else partial(read, self))(name)
+                )
+                write(*arguments, **options)
+
+        monkeypatch.setattr(found, "write", lose)
+    what = "the whole weights, not rounded yet" if where == "folding" else f"the written `{ONE}.weight` is not"
+    assert_refused(home / "lora", tmp_path, form, dtype, what)
+
+
+@pytest.mark.parametrize("form", ["low_bit", "torchao"])
+@pytest.mark.parametrize("where", ["folding", "writing"])
+def test_the_adapter_of_one_layer_of_codes_is_missed(
+    form: str, where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(model: Any, *, over: type) -> Any:
+        model.get_submodule(f"base_model.model.{ONE}").lora_B["default"].weight.data.zero_()
+        return fold_pooled(model, over=over)
+
+    monkeypatch.setattr(folded if where == "folding" else coded, "fold_pooled", lose)
+    what = "the whole weights, not rounded yet" if where == "folding" else f"the written `{ONE}.weight` is not"
+    assert_refused(home / "qalora-4", tmp_path, form, "bfloat16", what)
+
+
+def assert_refused(run: Path, beside: Path, form: str, dtype: str, what: str) -> None:
+    with pytest.raises(RunError) as caught:
+        export.export(run, beside / "out", format=form, dtype=dtype)
+    assert caught.value.problems[0].rule == "export-differs"
+    assert caught.value.problems[0].what.startswith(what)
+    assert list(beside.iterdir()) == []
+
+
+@pytest.mark.parametrize(("form", "parts"), [("low_bit", ("codes", "rest")), ("torchao", ("model",))])
+def test_few_bits_in_shards(form: str, parts: tuple[str, ...], home: Path, tmp_path: Path) -> None:
+    for name, size in (("whole", None), ("shards", "40KB")):
+        export.export(home / "qalora-3", tmp_path / name, format=form, max_shard_size=size)
+    for part in parts:
+        assert [path.name for path in (tmp_path / "whole").glob(f"{part}*.safetensors")] == [f"{part}.safetensors"]
+        found = sorted((tmp_path / "shards").glob(f"{part}-*-of-*.safetensors"))
+        assert len(found) > 1
+        assert not (tmp_path / "shards" / f"{part}.safetensors").exists()
+        # A header of its own, and at least one tensor however large: the embedding alone is more than 40 KB.
+        assert sum(path.stat().st_size > 80_000 for path in found) <= 2
+    whole, shards = (chat.open_target(str(tmp_path / name))[0] for name in ("whole", "shards"))
+    assert torch.equal(logits(whole), logits(shards))
+    next((tmp_path / "shards").glob(f"{parts[0]}-*2-of-*.safetensors")).unlink()
+    with pytest.raises(RunError) as caught:
+        chat.open_target(str(tmp_path / "shards"))
+    assert caught.value.problems[0].rule in ("weights-do-not-fit", "weights-damaged")
 
 
 @pytest.mark.parametrize("form", ["low_bit", "torchao"])

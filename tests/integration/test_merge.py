@@ -105,13 +105,24 @@ def test_every_kind_of_adapter_merges_to_the_same_model(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_result_is_stored_as_the_base_is(dtype: str, tmp_path: Path, make_tiny: Callable[..., Path]) -> None:
-    base = make_tiny(tmp_path / "base", dtype=dtype, initializer_range=0.05)
+@pytest.mark.parametrize("changes", [{}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
+@pytest.mark.parametrize(("tied", "free_bytes"), [(False, None), (True, None), (True, 0)])
+def test_the_result_is_stored_as_the_base_is(
+    dtype: str,
+    changes: dict[str, Any],
+    tied: bool,
+    free_bytes: int | None,
+    tmp_path: Path,
+    make_tiny: Callable[..., Path],
+) -> None:
+    base = make_tiny(tmp_path / "base", dtype=dtype, initializer_range=0.05, tie_word_embeddings=tied)
     run = write_run(tmp_path / "run", base)
-    adapt(run, base)
-    made = export.merge(run, tmp_path / "merged")
+    adapt(run, base, **changes)
+    made = export.merge(run, tmp_path / "merged", free_bytes=free_bytes)
     assert made.dtype == dtype
     assert made.max_difference > 0
+    assert made.folded is not None
+    assert made.folded < 1e-7
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {getattr(torch, dtype)}
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_model
 from torch.multiprocessing.reductions import StorageWeakRef
+from training_runs import no_rows
 from transformers.optimization import Adafactor
 
 from ftune import plugin
@@ -25,7 +26,7 @@ def adapted(model: Any = None, **options: Any) -> Any:
     """Return a model with an adapter that says something."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        found = TUNING.apply(model or make_model(), TUNING.Options(**{"r": 4, **options}))
+        found = TUNING.apply(model or make_model(), TUNING.Options(**{"r": 4, **options}), batches=no_rows)
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, weight in found.named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
-from training_runs import losses, recipe, rows_file
+from training_runs import losses, no_rows, recipe, rows_file
 
 import ftune
 from ftune import plugin
@@ -85,9 +85,14 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     draw = loading.batches_to_look_at
 
     def noting(*arguments: Any) -> Any:
-        for batch in draw(*arguments):
-            seen.append(batch)
-            yield batch
+        batches = draw(*arguments)
+
+        def look(count: int, *, rows: int | None = None) -> Any:
+            for batch in batches(count, rows=rows):
+                seen.append(batch)
+                yield batch
+
+        return look
 
     monkeypatch.setattr(loading, "batches_to_look_at", noting)
     return seen
@@ -169,7 +174,7 @@ def test_b_moves_as_many_times_further_as_its_rate_is_higher(optim: str) -> None
         options = LoRAOptions(r=4, loraplus_lr_ratio=chosen)
         with torch.random.fork_rng(), quiet():
             torch.manual_seed(3)
-            model = add_lora(make_model(), options)
+            model = add_lora(make_model(), options, batches=no_rows)
         named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         rate_of = plugin.tuning("lora").learning_rate_of
         rates = {name: rate_of(name, weight, 1e-4, options) for name, weight in named.items()}

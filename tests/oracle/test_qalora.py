@@ -233,7 +233,7 @@ def test_a_changed_bit_of_the_codes_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_merged_model_is_a_folder_that_ftune_loads(bits: int, tied: bool, tmp_path: Path) -> None:
     merged = fold_pooled(adapted(quantized(bits, tie_word_embeddings=tied)), over=QuantizedLinear)
-    save_quantized(merged, tmp_path)
+    save_quantized(merged, tmp_path, max_shard_size="5GB")
     found = load_model(Model(model_name_or_path=str(tmp_path), dtype="float32"))
     assert torch.equal(logits(found), logits(merged))
     assert fingerprint(codes_of(found)) == fingerprint(codes_of(merged))
@@ -272,7 +272,7 @@ def test_torchao_loads_a_merged_model_without_ftune(tmp_path: Path) -> None:
         merged = fold_pooled(adapted(quantized(bits, attention_bias=True)), over=QuantizedLinear)
         folder = tmp_path / str(bits)
         folder.mkdir()
-        save_torchao(merged, folder)
+        save_torchao(merged, folder, max_shard_size="5GB")
         folders.append(folder)
         expected.append(logits(merged))
     for found, wanted in zip(fresh_logits("IntxUnpackedToInt8Tensor", folders), expected, strict=True):
@@ -288,7 +288,7 @@ def test_transformers_loads_a_dequantised_model_without_ftune(tmp_path: Path) ->
 
 def test_torchao_is_refused_groups_it_cannot_store(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not neighbours"):
-        save_torchao(other_groups(quantized()), tmp_path)
+        save_torchao(other_groups(quantized()), tmp_path, max_shard_size="5GB")
 
 
 def gptq_checkpoint(folder: Path, bits: int, *, ordered: bool, version: str | None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
+from training_runs import no_rows
 
 from ftune.adapters import bits
 from ftune.adapters.lora import add_lora
@@ -45,7 +46,7 @@ def held(folder: Path, options: QLoRAOptions) -> Any:
 def adapted(model: Any, options: QLoRAOptions) -> Any:
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(1)
-        return add_lora(model, options)
+        return add_lora(model, options, batches=no_rows)
 
 
 def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:

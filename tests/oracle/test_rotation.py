@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import make_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
+from training_runs import losses, metrics, no_rows, recipe, rows_file, same_bits, weights
 from transformers import TrainingArguments, get_scheduler
 
 import ftune
@@ -78,7 +78,7 @@ def builder(name: str, **options: Any) -> Callable[[list[dict[str, Any]]], Any]:
 def rotating(model: Any, method: str, build: Any = None, *, seed: int = 0, **options: Any) -> RotatingOptimizer:
     found = plugin.tuning(method)
     chosen = found.Options(**options)
-    found.apply(model, chosen)
+    found.apply(model, chosen, batches=no_rows)
     make = build or builder("adamw_torch")
     return found.rotating(model, groups_of(model), make, chosen, seed=seed, steps_per_epoch=100)  # type: ignore[return-value]
 

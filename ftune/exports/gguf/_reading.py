@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from ftune.exports.gguf import _architecture
 from ftune.exports.gguf._writing import path_in
 from ftune.models import gguf
 from ftune.weights.layerwise import computing as computing_layerwise
 from ftune.weights.skeleton import skeleton
+from ftune.weights.written import require_equal
+
+_BLOCK = 32
+"""Weights of a row that share a scale in Q8_0."""
 
 
 @contextlib.contextmanager
@@ -46,6 +50,28 @@ def _stretch(model: Any, path: Path) -> None:
     model.model.rotary_emb.inv_freq /= each[0] if each else factor
 
 
+def check_rounding(source: Any, folder: Path) -> None:
+    """Raise RunError where a weight in the file is farther from the whole one than rounding to nearest takes it."""
+    read = _Read(path_in(folder), str(source.folder))
+    for name in source.weights.names():
+        whole = source.weights.read(name).float()
+        # What is left beyond the rounding of each weight has to be nothing.
+        beyond = (read.stored(name) - whole).abs() - _largest_error(whole, read.kind(name))
+        require_equal(name, beyond.clamp(min=0), torch.zeros_like(whole))
+
+
+def _largest_error(whole: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
+    """Return how far rounding may take each weight, beside half of float16's smallest number where that is stored."""
+    if kind is GGMLQuantizationType.Q8_0:  # codes from -127 to 127 times the block's scale, which is float16
+        scale = whole.reshape(-1, _BLOCK).abs().amax(dim=1, keepdim=True) / 127
+        # One part in a million for the float32 in which the codes are found.
+        each = scale * (0.5 + 1e-6) + 127 * (scale * 2**-11 + 2**-25)
+        return each.expand(-1, _BLOCK).reshape(whole.shape)
+    if kind is GGMLQuantizationType.F16:
+        return whole.abs() * 2**-11 + 2**-25
+    return whole.abs() * 2**-8 if kind is GGMLQuantizationType.BF16 else torch.zeros_like(whole)
+
+
 class _Read:
     """The weights of a file, dequantised when they are asked for."""
 
@@ -61,10 +87,17 @@ class _Read:
     def part_of(self, _name: str) -> None:
         return None
 
-    def stored(self, name: str) -> torch.Tensor:
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """Return how a weight is stored."""
+        return self._found(name).tensor_type
+
+    def _found(self, name: str) -> Any:
         key = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if key not in self._tensors:
             key = self._names.get_name("model.embed_tokens.weight", try_suffixes=(".weight",))  # the output is tied
-        found = self._tensors[key]
+        return self._tensors[key]
+
+    def stored(self, name: str) -> torch.Tensor:
+        found = self._found(name)
         value = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type), dtype=np.float32))
         return _architecture.rearranged(value, name, self.model.config, back=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.plugin import Export
-from ftune.weights.tolerances import FLOATS
+from ftune.weights.tolerances import FLOATS, ROUNDED
 
 
 class Hub(Export):
@@ -15,6 +15,8 @@ class Hub(Export):
     summary = "The whole model as safetensors with a model card written from the run; nothing is uploaded."
     read_by = "plain transformers; `hf upload` publishes it"
     tolerances = FLOATS
+    rounds = ROUNDED
+    shards = True
     refuses = "adapters on a base that is itself stored in fewer bits"
 
     def check(self, source: Any) -> None:
@@ -26,6 +28,11 @@ class Hub(Export):
 
         written.write(source, folder, dtype, max_shard_size)
         _card.write(source, folder, dtype)
+
+    def check_rounding(self, source: Any, folder: Path, model: Any, *, dtype: str) -> None:
+        from ftune.weights import written
+
+        written.check_rounding(source, folder, model, dtype)
 
     def computing(self, source: Any, folder: Path) -> AbstractContextManager[tuple[Any, str]]:
         from ftune.weights import written

@@ -98,6 +98,17 @@ def test_a_segment_of_which_a_part_is_used_is_not_given_back() -> None:
         allocator.allocate(39 * MIB)  # 58 MiB are unused, 38 of them at a stretch
 
 
+def test_a_segment_of_which_the_end_is_used_is_not_given_back() -> None:
+    allocator = CachingAllocator()
+    first, second = allocator.allocate(8 * MIB), allocator.allocate(8 * MIB)
+    allocator.free(first)
+    allocator.empty_cache()
+    assert allocator.reserved == 20 * MIB
+    allocator.free(second)
+    allocator.empty_cache()
+    assert allocator.reserved == 0
+
+
 def test_large_blocks_are_not_split_with_max_split_size() -> None:
     allocator = CachingAllocator(Settings.parse("max_split_size_mb:64"))
     allocator.free(allocator.allocate(100 * MIB))
@@ -144,6 +155,25 @@ def test_pages_that_are_not_used_are_given_back() -> None:
     assert (allocator.reserved, allocator.allocated) == (100 * MIB, 89 * MIB)
 
 
+def test_a_hole_is_filled_by_what_fits_into_it() -> None:
+    allocator = CachingAllocator(EXPANDABLE)
+    blocks = [allocator.allocate(20 * MIB) for _ in range(3)]
+    allocator.free(blocks[1])
+    allocator.empty_cache()
+    assert allocator.reserved == 40 * MIB
+    assert allocator.allocate(30 * MIB).address == blocks[2].address + 20 * MIB
+    assert allocator.allocate(15 * MIB).address == blocks[0].address + 20 * MIB
+    assert allocator.reserved == 100 * MIB
+
+
+def test_the_end_that_can_grow_is_taken_last() -> None:
+    allocator = CachingAllocator(EXPANDABLE)
+    first = allocator.allocate(10 * MIB)
+    allocator.allocate(5 * MIB)  # 5 MiB of the page are left behind it
+    allocator.free(first)
+    assert allocator.allocate(4 * MIB).address == first.address
+
+
 @pytest.mark.parametrize(
     ("text", "requested", "allocated"),
     [
@@ -164,7 +194,10 @@ def test_rounding(text: str, requested: int, allocated: int) -> None:
 
 
 def test_settings_of_the_environment() -> None:
-    assert Settings.parse("") == Settings()
+    assert Settings.parse("") == Settings.of({}) == Settings()
+    assert Settings.of({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}) == EXPANDABLE
+    both = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert Settings.of(both) == EXPANDABLE
     assert Settings.parse("expandable_segments:False,garbage_collection_threshold:0.8") == Settings()
     given = Settings.parse("expandable_segments:True,max_split_size_mb:40,max_non_split_rounding_mb:30")
     assert given == Settings(True, 40 * MIB, 30 * MIB)
@@ -183,10 +216,21 @@ def test_a_replay_says_where_it_ends() -> None:
     assert least_capacity(events) == 60 * MIB
 
 
-def test_the_least_capacity_is_less_than_what_is_reserved_without_a_limit() -> None:
-    events = [Change(0, 30 * MIB), Change(0, -30 * MIB), Change(1, 40 * MIB)]
-    assert replay(events).peak_reserved_bytes == 70 * MIB
-    assert least_capacity(events) == 40 * MIB
+@pytest.mark.parametrize("size_mib", range(32, 60, 2))
+def test_the_least_capacity_is_less_than_what_is_reserved_without_a_limit(size_mib: int) -> None:
+    events = [Change(0, 30 * MIB), Change(0, -30 * MIB), Change(1, size_mib * MIB), Change(2, 11 * MIB)]
+    assert replay(events).peak_reserved_bytes == (30 + size_mib) * MIB
+    assert least_capacity(events) == (12 + size_mib) * MIB
+
+
+@pytest.mark.parametrize("pairs", range(8, 16))
+def test_segments_that_are_half_used_count_in_full(pairs: int) -> None:
+    half = 10 * MIB - 512
+    events = [Change(number, half) for number in range(2 * pairs)]
+    events += [Change(number, -half) for number in range(0, 2 * pairs, 2)]
+    events += [Change(100, 60 * MIB), Change(100, -60 * MIB), Change(101, 10 * pairs * MIB)]
+    assert replay(events).peak_reserved_bytes == (30 * pairs + 60) * MIB
+    assert least_capacity(events) == 30 * pairs * MIB
 
 
 sizes = st.one_of(
@@ -260,3 +304,4 @@ def test_what_is_reserved_without_a_limit_is_enough(requests: list[int], variant
     least = least_capacity(events, variant)
     assert unlimited.peak_allocated_bytes <= least <= unlimited.peak_reserved_bytes
     assert replay(events, variant, least).full_at is None
+    assert replay(events, variant, least - 2 * MIB).full_at is not None

@@ -59,6 +59,12 @@ def test_small_operators_cost_their_start() -> None:
     assert step.seconds == pytest.approx(sum(step.by_phase.values()))
 
 
+def test_what_is_beside_the_steps_does_not_count() -> None:
+    step = step_time([product(), product(phase="evaluation"), product(phase="start")], PLAIN)
+    assert set(step.by_phase) == {"forward"}
+    assert step.seconds == pytest.approx(0.1 / EFFICIENCIES["product"].flops)
+
+
 @pytest.mark.parametrize(
     ("operation", "kind"),
     [

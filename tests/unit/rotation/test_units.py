@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
+from training_runs import no_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ftune import plugin
 from ftune.errors import RecipeError
 from ftune.rotation.optimizer import parts_of
-from ftune.rotation.units import free_all, units_of
+from ftune.rotation.units import units_of
 
 _SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -90,13 +91,6 @@ def test_a_model_without_layers_is_refused() -> None:
         units_of(torch.nn.Linear(2, 2))
 
 
-def test_quantised_weights_are_refused() -> None:
-    model = model_of("llama")
-    model.is_quantized = True
-    with pytest.raises(RecipeError, match="integers"):
-        free_all(model)
-
-
 def test_frozen_weights_are_in_no_part_and_groups_keep_their_settings() -> None:
     model = model_of("gpt2")
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -125,7 +119,7 @@ def test_the_least_steps_that_give_every_weight_a_turn(method: str) -> None:
     options, steps, alone = SWEEPS[method]
     tuning = plugin.tuning(method)
     chosen = tuning.Options(**options)
-    model = tuning.apply(make_model(num_hidden_layers=3), chosen)
+    model = tuning.apply(make_model(num_hidden_layers=3), chosen, batches=no_rows)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     asked: dict[str, Any] = {"steps_per_epoch": 100}
     assert tuning.sweep(model, trained, chosen, steps=1, **asked) == (steps, alone)
@@ -133,7 +127,7 @@ def test_the_least_steps_that_give_every_weight_a_turn(method: str) -> None:
     def moved_after(count: int, more: dict[str, Any]) -> int:
         model = make_model(num_hidden_layers=3)
         settled = tuning.Options(**{**options, **more})
-        tuning.apply(model, settled)
+        tuning.apply(model, settled, batches=no_rows)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         before = [weight.detach().clone() for weight in weights]
 

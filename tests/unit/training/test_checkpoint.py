@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ftune import rundir
+from ftune.recipe.schema import Training
 from ftune.training import checkpoint
 
 
@@ -94,3 +95,31 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         kept = tmp_path / "checkpoints" / f"checkpoint-{best}" if best else None
         checkpoint.prune(tmp_path, keep=keep, best=kept)
         assert [int(path.name.rpartition("-")[2]) for path in rundir.checkpoints(tmp_path)] == left
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "saves"),
+    [
+        ({"save_strategy": "no"}, 1000, 0),
+        ({"save_strategy": "epoch", "num_train_epochs": 2.5}, 1000, 3),
+        ({"save_steps": 400}, 1000, 3),
+        ({"save_steps": 500}, 1000, 2),
+        ({"save_steps": 0.1}, 1000, 10),
+        ({"save_steps": 0.0001}, 1000, 1000),
+    ],
+)
+def test_planned_saves(settings: dict[str, object], steps: int, saves: int) -> None:
+    assert checkpoint.planned_saves(Training(output_dir="o", **settings), steps) == saves  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keep", "saves", "needed"),
+    [
+        (None, 7, 7 * 30 + 10),
+        (2, 7, 4 * 30 + 10),  # two, the best one, and the one that is being written
+        (2, 1, 30 + 10),
+        (2, 0, 10),
+    ],
+)
+def test_room_for_checkpoints_and_result(keep: int | None, saves: int, needed: int) -> None:
+    assert checkpoint.room_needed(checkpoint_bytes=30, model_bytes=10, keep=keep, saves=saves) == needed
