@@ -20,8 +20,8 @@ def room_for(
 ) -> Iterator[list[int]]:
     """Raise torch.OutOfMemoryError, as a GPU does, in the second layer of a Llama that trains more rows at once.
 
-    `after` so many forward passes have gone well, and not after `until`; `inside` forward or backward. At pass `kill_at`
-    the process is killed. Yields the rows of each pass.
+    `after` so many forward passes have gone well, and not after `until`; `inside` forward or backward. At pass
+    `kill_at` the process is killed. Yields the rows of each pass.
     """
     import torch
 

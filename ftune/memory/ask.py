@@ -48,11 +48,28 @@ def ask(recipe: str | Path | Mapping[str, Any], changes: Sequence[str] = (), *, 
     return Planned(spec, tuple(problems), plan_of(spec, config_of_model(spec.recipe.model), facts, machine))
 
 
-def plan_of(spec: RunSpec, config: Mapping[str, Any], gpu: GpuFacts | None, machine: Machine) -> MemoryPlan:
-    """Return the plan of a decided run."""
+def plan_of(
+    spec: RunSpec,
+    config: Mapping[str, Any],
+    gpu: GpuFacts | None,
+    machine: Machine,
+    *,
+    lengths: Sequence[int] = (),
+    evaluated: Sequence[int] = (),
+    learned: int | None = None,
+) -> MemoryPlan:
+    """Return the plan of a decided run; of the rows that `trace` is told, or of the largest that the recipe allows."""
 
     def trace_of(layers: int | None) -> Trace:
-        return trace(spec, config, device=spec.device_type, layers=layers)
+        return trace(
+            spec,
+            config,
+            device=spec.device_type,
+            lengths=lengths,
+            evaluated=evaluated,
+            learned=learned,
+            layers=layers,
+        )
 
     return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
 

@@ -36,6 +36,10 @@ class Asked:
     """`cpu` is this machine's; `cuda` chooses operators as PyTorch does on a GPU."""
     lengths: tuple[int, ...] = ()
     """Tokens of each row of a micro-batch; empty for the largest one that the recipe allows."""
+    evaluated: tuple[int, ...] = ()
+    """Likewise of a batch that is evaluated, where the recipe evaluates."""
+    learned: int | None = None
+    """At how many places of a micro-batch a token is learned; None for all."""
     layers: int | None = None
     """How many layers to trace; None for all that the model has."""
 
@@ -46,6 +50,8 @@ def trace(
     *,
     device: Device = "cpu",
     lengths: Sequence[int] = (),
+    evaluated: Sequence[int] = (),
+    learned: int | None = None,
     layers: int | None = None,
 ) -> Trace:
     """Return the record of a training step after the first, and of an evaluation where the recipe has one.
@@ -57,7 +63,7 @@ def trace(
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "trace"
         asked = {"spec": spec.to_json(), "config": dict(config), "device": device}
-        asked |= {"lengths": list(lengths), "layers": layers}
+        asked |= {"lengths": list(lengths), "evaluated": list(evaluated), "learned": learned, "layers": layers}
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", __name__, str(answer)],
             input=json.dumps(asked),
@@ -108,7 +114,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     model = skeleton(spec.recipe, config_from(asked.config, layers=asked.layers), fake)
     tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, keeps_chance=not on_cuda)
     tracked.follow(model)
-    evaluated = evaluated_rows(spec)
+    evaluated = evaluated_rows(spec, asked.evaluated)
     counted = 2 if turn is None else COUNTED
     turns: list[Turn] = []
 
@@ -125,7 +131,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
             if plugin.optimizer(spec.recipe.optimizer.method).pages_state:
                 stack.enter_context(paged_on_host(tracked))
         stack.enter_context(tracked)
-        rows = Rows(lengths, packed=spec.recipe.data.packing)
+        rows = Rows(lengths, packed=spec.recipe.data.packing, learned=asked.learned)
         if turn is not None:
             callbacks.append(takes_turns)
         steps(spec, model, rows, callbacks, count=counted, eval_rows=evaluated)
@@ -136,7 +142,8 @@ def main() -> None:
     import json
 
     values = json.load(sys.stdin)
-    asked = Asked(RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])})
+    rows = {name: tuple(values.pop(name)) for name in ("lengths", "evaluated")}
+    asked = Asked(RunSpec.from_json(values.pop("spec")), **rows, **values)
     write(traced_here(asked), Path(sys.argv[1]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class LargestBatches:
     """Tokens of each row that is computed at once."""
     evaluated: tuple[int, ...]
     """Of the largest batch that is evaluated; empty where none is."""
+    learned: int | None = None
+    """At no more places than this a token is learned; None where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,16 @@ def largest_batches(spec: RunSpec, data: Prepared) -> LargestBatches:
         whole = _fullest(data.train.lengths, training.max_tokens_per_batch)
     else:
         whole = _longest(data.train.lengths, training.per_device_train_batch_size)
-    return LargestBatches(whole[: -(-len(whole) // passes)], evaluated)
+    whole = whole[: math.ceil(len(whole) / passes)]
+    return LargestBatches(whole, evaluated, _most_learned(data.train, whole))
+
+
+def _most_learned(rows: object, lengths: tuple[int, ...]) -> int | None:
+    """Return at how many places of a batch a token is learned at the most: were no two of its rows' at the same."""
+    if not isinstance(rows, Sequences) or rows.groups is not None:
+        return None
+    most = numpy.sort(rows.learned())[::-1][: len(lengths)]
+    return min(max(lengths), int(most.sum(dtype=numpy.int64)))
 
 
 def _longest(lengths: numpy.ndarray, count: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """A step that runs out of memory and is made again in smaller passes, against runs that had small ones from the start.
 
-No GPU is here: a hook in the model's forward or backward raises the exception that a GPU raises, and one test takes real
-memory away.
+No GPU is here: a hook in the model's forward or backward raises the exception that a GPU raises, and one test takes
+real memory away.
 """
 
 from __future__ import annotations
