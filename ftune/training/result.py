@@ -69,7 +69,7 @@ def finish(
     samples.show(answers)
     result = _result(trainer, "finished", wall_seconds, predicted_peak_bytes)
     _write(trainer, result, shown)
-    shown.say(_summary(result))
+    shown.say(_summary(result, comparable=trainer.args.device.type == "cuda"))
     return result
 
 
@@ -128,9 +128,10 @@ def _draw(directory: Path, shown: Progress) -> None:
         shown.say(f"no {rundir.REPORT} was written: {why}; try again: ftune report {directory}")
 
 
-def _summary(result: RunResult) -> str:
+def _summary(result: RunResult, *, comparable: bool) -> str:
     evaluated = f", eval_loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
-    foretold = f" ({format_bytes(result.predicted_peak_bytes)} predicted)" if result.predicted_peak_bytes else ""
+    predicted = result.predicted_peak_bytes
+    foretold = f" ({format_bytes(predicted)} predicted)" if comparable and predicted is not None else ""
     model = Path(result.directory) / rundir.MODEL
     return (
         f"finished: {result.steps} steps in {format_duration(result.wall_seconds)}, "

@@ -21,6 +21,8 @@ from training_runs import losses, metrics, recipe, rows_file, same_bits, weights
 
 import ftune
 from ftune.errors import RunError
+from ftune.machine import probe
+from ftune.training import resuming, run
 from ftune.training.passes import split
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +47,8 @@ def farthest(first: dict[str, Any], second: dict[str, Any]) -> float:
     return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
 
 
-def decision(run: Any) -> dict[str, Any]:
-    made = json.loads((Path(run.directory) / "run.json").read_text())["decisions"]
+def decision(done: Any) -> dict[str, Any]:
+    made = json.loads((Path(done.directory) / "run.json").read_text())["decisions"]
     found: dict[str, Any] = next(one for one in made if one["key"] == "training.passes_per_batch")
     return found
 
@@ -64,7 +66,8 @@ def test_shrunk_at_the_first_step_has_the_bits_of_the_smaller_batch(
     assert passes[:6] == [4, 4, 2, 2, 2, 2]
     assert 4 not in passes[2:]
     assert same_bits(weights(shrunk.directory), weights(small.directory))
-    assert losses(shrunk.directory) == losses(small.directory)
+    # Of two passes the losses are added up in float32, and of two batches in float64.
+    assert losses(shrunk.directory) == pytest.approx(losses(small.directory), rel=1e-6)
     for key in ("steps", "tokens", "supervised_tokens"):
         assert getattr(shrunk, key) == getattr(small, key)
     assert decision(shrunk)["value"] == {"1": 2}
@@ -135,10 +138,10 @@ def _row(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[list[int], list[i
 def test_halved_until_it_fits_and_refused_where_a_row_is_too_much(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = {**LARGE, "max_steps": 2}
     with room_for(1) as passes:
-        run = ftune.train(values(tiny_model, rows, tmp_path / "ones", settings))
+        ones = ftune.train(values(tiny_model, rows, tmp_path / "ones", settings))
     assert passes[:3] == [4, 2, 1]
     assert set(passes[2:]) == {1}
-    assert decision(run)["value"] == {"1": 4}
+    assert decision(ones)["value"] == {"1": 4}
     with room_for(0), pytest.raises(RunError, match="no memory left, in forward and backward at step 1") as refused:
         ftune.train(values(tiny_model, rows, tmp_path / "none", settings))
     assert "in 4 passes" in refused.value.problems[0].why
@@ -200,6 +203,12 @@ def written(folder: Path, name: str, made: dict[str, Any]) -> Path:
     return path
 
 
+def resume(directory: Path, *changes: str) -> None:
+    """Go on with a run as `ftune resume` does."""
+    continued = resuming.reopen(directory, changes, probe())
+    run.train(continued.spec, plain=True, checkpoint=continued.checkpoint)
+
+
 def test_killed_and_resumed_has_the_bits_of_a_run_that_was_not(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = {**LARGE, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     tuning = {"method": "lora", "r": 4, "lora_dropout": 0.2}
@@ -212,8 +221,7 @@ def test_killed_and_resumed_has_the_bits_of_a_run_that_was_not(tiny_model: Path,
     assert run_short(limits, "train", path).returncode == -9
     assert [each.name for each in (tmp_path / "killed" / "checkpoints").iterdir()] == ["checkpoint-2"]
     # Nothing runs short of memory now: what the run had come to is in its run.json.
-    done = run_short({"rows": 99}, "resume", tmp_path / "killed")
-    assert done.returncode == 0, done.stderr
+    resume(tmp_path / "killed")
     assert same_bits(weights(tmp_path / "killed"), weights(whole.directory))
     assert losses(tmp_path / "killed") == losses(whole.directory)
 
@@ -230,27 +238,30 @@ def test_a_run_that_stopped_for_memory_goes_on_with_less(tiny_model: Path, rows:
     assert "set per_device_train_batch_size: 2 with gradient_accumulation_steps: 4" in problem.fix
     advised = f"ftune resume {tmp_path / 'stopped'} --set training.on_out_of_memory=shrink"
     assert advised in problem.fix
-    done = run_short({"rows": 2}, *advised.split()[1:])
-    assert done.returncode == 0, done.stderr
+    with room_for(2) as passes:
+        resume(tmp_path / "stopped", "training.on_out_of_memory=shrink")
+    assert passes[:4] == [4, 2, 2, 2]
     assert farthest(weights(tmp_path / "stopped"), weights(whole.directory)) < 1e-6
 
 
 @pytest.mark.slow
 def test_ranks_shrink_together(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = {**LARGE, **SGD, "per_device_train_batch_size": 2, "num_train_epochs": 1}
-    for name, limits in (("short", {"rows": 1, "after": 3, "rank": "1"}), ("roomy", {"rows": 99})):
-        path = written(tmp_path, name, values(tiny_model, rows, tmp_path / name, settings))
+    # The roomy run averages inside backward, as DistributedDataParallel does.
+    limited = (("short", "shrink", {"rows": 1, "after": 3, "rank": "1"}), ("roomy", "stop", {"rows": 99}))
+    for name, what, limits in limited:
+        made = values(tiny_model, rows, tmp_path / name, {**settings, "on_out_of_memory": what})
+        path = written(tmp_path, name, made)
         done = run_short(limits, "train", path, ranks=2)
         assert done.returncode == 0, done.stdout + done.stderr
-    alone = ftune.train(values(tiny_model, rows, tmp_path / "alone", {**settings, "per_device_train_batch_size": 4}))
-    made = json.loads((tmp_path / "short" / "run.json").read_text())["decisions"]
-    (shrunk,) = (one for one in made if one["key"] == "training.passes_per_batch")
+    decisions = json.loads((tmp_path / "short" / "run.json").read_text())["decisions"]
+    (shrunk,) = (one for one in decisions if one["key"] == "training.passes_per_batch")
     assert shrunk["value"] == {"2": 2}
     assert "another rank" in shrunk["why"]  # the first one writes, the second one was short
     assert farthest(weights(tmp_path / "short"), weights(tmp_path / "roomy")) < 1e-6
-    assert farthest(weights(tmp_path / "short"), weights(alone.directory)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory")
 def test_real_memory_that_ends(tiny_model: Path, rows: Path, tmp_path: Path, make_tiny: Any) -> None:
     model = make_tiny(tmp_path / "wide", vocab_size=60_000)
