@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy
 
+from ftune.data.batches import batches_of
 from ftune.data.prepare import Prepared
 from ftune.data.sequences import Sequences
 from ftune.errors import FtuneError, MachineError, Problem
@@ -53,8 +55,8 @@ def largest_batches(spec: RunSpec, data: Prepared) -> LargestBatches:
     evaluated = _longest(data.eval.lengths, training.per_device_eval_batch_size) if data.eval is not None else ()
     if not isinstance(data.train, Sequences):
         whole: tuple[int, ...] = (most,) * training.per_device_train_batch_size
-    elif training.max_tokens_per_batch is not None:
-        whole = _fullest(data.train.lengths, training.max_tokens_per_batch)
+    elif training.group_by_length or training.max_tokens_per_batch is not None:
+        whole = _largest_planned(spec, data.train.lengths)
     else:
         whole = _longest(data.train.lengths, training.per_device_train_batch_size)
     whole = whole[: math.ceil(len(whole) / passes)]
@@ -78,10 +80,18 @@ def _longest(lengths: numpy.ndarray, count: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def _fullest(lengths: numpy.ndarray, most_tokens: int) -> tuple[int, ...]:
-    """Return the batch that fills the budget of tokens with rows of one length."""
-    longest = int(lengths.max())
-    return (longest,) * max(1, min(len(lengths), most_tokens // max(1, longest)))
+def _largest_planned(spec: RunSpec, lengths: numpy.ndarray) -> tuple[int, ...]:
+    """Return the lengths of the batch with most places, where batches are known before the run."""
+    training = spec.recipe.training
+    planned = batches_of(
+        lengths,
+        rows=training.per_device_train_batch_size,
+        most_tokens=training.max_tokens_per_batch,
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+        seed=training.seed,
+    )
+    largest = max(planned, key=lambda batch: (len(batch) * lengths[batch].max(), lengths[batch].max()))
+    return tuple(int(length) for length in lengths[largest])
 
 
 def foretold(foresee: Foresee, spec: RunSpec, data: Prepared, shown: Progress, *, force: bool) -> Forecast | None:

@@ -136,11 +136,9 @@ class TestLargestBatches:
         longest, count = max(largest.train), len(largest.train)
         most_learned = longest if largest.learned is None else largest.learned
         assert len(made) >= 7 or data
-        assert max(length for _, length, _ in made) == longest
-        assert max(size * length for size, length, _ in made) <= count * longest
-        if "max_tokens_per_batch" not in training:
-            assert (count, longest) in {(size, length) for size, length, _ in made}
-        assert max(learned for _, _, learned in made) <= most_learned
+        assert max(size * length for size, length, _ in made) == count * longest
+        assert (count, longest) in {(size, length) for size, length, _ in made}
+        assert max(size * learned for size, _, learned in made) <= count * most_learned
         if training == {"per_device_train_batch_size": 1} and not data:
             assert max(learned for _, _, learned in made) == largest.learned < longest
 
