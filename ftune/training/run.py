@@ -23,7 +23,7 @@ from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequ
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary, unfinished_sweep
 from ftune.training.foretold import Forecast, Foresee, foretold
 from ftune.training.loading import load_base, load_rows, prompts_of, ready, tell
-from ftune.training.passes import Passes
+from ftune.training.passes import Passes, passes_of
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
 from ftune.training.settings import settings_of
@@ -109,7 +109,7 @@ def _run(
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     samples.trainer = trainer
     trainer.stop, course.trainer = stop, trainer
-    if recipe.training.on_out_of_memory == "shrink":
+    if recipe.training.on_out_of_memory == "shrink" or passes_of(spec):
         trainer.passes = Passes(spec, shown)
     if checkpoint is not None:
         trainer.load_counts(checkpoint)

@@ -48,7 +48,7 @@ class ShrinkingTrainer(MovingTrainer):
 
     meter: Meter
     passes: Passes | None = None
-    """None where running out of memory ends the run."""
+    """None where each batch is computed in one."""
     _begun: _Step | None = None
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -111,7 +111,8 @@ class ShrinkingTrainer(MovingTrainer):
             assert self.doing.batch is not None
             now = self.doing.passes
             parts, smaller = (passes.split(self.doing.batch, count) for count in (now, 2 * now))
-            if not ran_out_of_memory(error) or len(smaller) == len(parts):
+            may = self.recipe.training.on_out_of_memory == "shrink" and ran_out_of_memory(error)
+            if not may or len(smaller) == len(parts):
                 raise
         # Outside of the handler nothing holds on to the frames of the failed pass, and what it computed is freed.
         return None
