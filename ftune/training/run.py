@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from ftune.data.collate import Collator, padding_id
 from ftune.data.prepare import Prepared
@@ -91,26 +91,11 @@ def _run(
     model = ready(spec, model, data, collator, shown)
 
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
-    callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
-    if recipe.training.early_stopping_patience is not None:
-        training = recipe.training
-        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
-    with quiet():
-        trainer = FtuneTrainer(
-            Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments, data.names), callbacks
-        )
-    trainer.remove_callback(PrinterCallback)
-    check_room(trainer)
-    if (unfinished := unfinished_sweep(trainer)) is not None:
-        shown.say(f"warning: {unfinished}")
-    check_later(spec, "training.max_steps", trainer.planned_steps(), shown.say)
-    _say_what_moves(trainer, shown)
-
+    parts = Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments, data.names)
+    trainer = _trainer(spec, parts, [SaveAfterEvaluation(), stop, metrics, samples], shown)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     samples.trainer = trainer
     trainer.stop, course.trainer = stop, trainer
-    if recipe.training.on_out_of_memory == "shrink" or passes_of(spec):
-        trainer.passes = Passes(spec, shown)
     if checkpoint is not None:
         trainer.load_counts(checkpoint)
     if trainer.is_world_process_zero():
@@ -124,11 +109,32 @@ def _run(
         else:
             with stop.between_steps():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    predicted = course.forecast.allocated_bytes if course.forecast is not None else None
-    seconds = time.perf_counter() - started
     return finish(
-        trainer, samples, stopped=stop.stopped, wall_seconds=seconds, predicted_peak_bytes=predicted, shown=shown
+        trainer,
+        samples,
+        stopped=stop.stopped,
+        wall_seconds=time.perf_counter() - started,
+        predicted_peak_bytes=course.forecast.allocated_bytes if course.forecast is not None else None,
+        shown=shown,
     )
+
+
+def _trainer(spec: RunSpec, parts: Parts, callbacks: list[TrainerCallback], shown: progress.Progress) -> FtuneTrainer:
+    """Return what trains, having said what is odd about what it will do; raises MachineError without room for it."""
+    training = spec.recipe.training
+    if training.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
+    with quiet():
+        trainer = FtuneTrainer(parts, callbacks)
+    trainer.remove_callback(PrinterCallback)
+    if training.on_out_of_memory == "shrink" or passes_of(spec):
+        trainer.passes = Passes(spec, shown)
+    check_room(trainer)
+    if (unfinished := unfinished_sweep(trainer)) is not None:
+        shown.say(f"warning: {unfinished}")
+    check_later(spec, "training.max_steps", trainer.planned_steps(), shown.say)
+    _say_what_moves(trainer, shown)
+    return trainer
 
 
 def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:
