@@ -11,7 +11,6 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
-from ftune.data.collate import Collator, padding_id
 from ftune.data.prepare import Prepared
 from ftune.models.load import load_tokenizer
 from ftune.models.quiet import quiet
@@ -22,7 +21,7 @@ from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary, unfinished_sweep
 from ftune.training.foretold import Forecast, Foresee, foretold
-from ftune.training.loading import load_base, load_rows, prompts_of, ready, tell
+from ftune.training.loading import collator_of, load_base, load_rows, prompts_of, ready, tell
 from ftune.training.passes import Passes, passes_of
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
@@ -84,9 +83,7 @@ def _run(
     check_lengths(recipe, data, model)
     check_vocabulary(tokenizer, model, data)
     check_packing(recipe, model)
-    flatten = recipe.model.attn_implementation.startswith("flash")
-    padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
-    collator = Collator(padding, flatten=flatten, by_source=data.has_several_sources)
+    collator = collator_of(recipe, tokenizer, model, data)
     set_seed(recipe.training.seed)
     model = ready(spec, model, data, collator, shown)
 
