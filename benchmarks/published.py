@@ -46,9 +46,7 @@ def _lomo(name: str, printed: tuple[float, float, float, float], optim: str, che
     return Row("lomo", name, printed, _HALF if optim == "lomo" else {}, {}, training)
 
 
-def _hift(
-    optim: str, precision: str, group: bool, para: float, gradient: float, state: float, total: float
-) -> Row:
+def _hift(optim: str, precision: str, group: bool, para: float, gradient: float, state: float, total: float) -> Row:
     name = f"{optim}, {precision}, {'HiFT' if group else 'all'}"
     named = {"AdamW": "adamw_torch", "SGD": "sgd", "Adafactor": "adafactor"}[optim]
     hi = precision == "mixed Hi"

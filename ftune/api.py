@@ -36,8 +36,19 @@ def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, gpu: str | None =
     return ask(recipe, overrides, gpu=gpu).plan
 
 
-def train(recipe: RecipeLike, overrides: Sequence[str] = (), *, plain: bool = True) -> RunResult:
-    """Train from a recipe file, or a mapping of the same shape; raises ftune.errors.FtuneError."""
+def train(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    plain: bool = True,
+    plan: bool | None = None,
+    force: bool = False,
+) -> RunResult:
+    """Train from a recipe file, or a mapping of the same shape; raises ftune.errors.FtuneError.
+
+    `plan` says whether the memory of the largest batch is predicted first (None: on a GPU), and `force` to train even
+    where it does not fit.
+    """
     from ftune.cli.train import start
 
-    return start(recipe, overrides, plain=plain)  # type: ignore[no-any-return]
+    return start(recipe, overrides, plain=plain, plan=plan, force=force)  # type: ignore[no-any-return]

@@ -11,6 +11,10 @@ def resume(
         list[str] | None, typer.Option("--set", help="Change one value: section.key=value.", metavar="S.K=V")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of a progress bar.")] = False,
+    plan: Annotated[
+        bool | None, typer.Option(help="Predict the memory of the largest batch first.", show_default="on a GPU")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Train even where the plan does not fit.")] = False,
 ) -> None:
     """Continue a run from its last checkpoint, to the same weights as if it had never stopped.
 
@@ -21,13 +25,16 @@ def resume(
     from pathlib import Path
 
     from ftune.cli import console
+    from ftune.cli.train import foresight
     from ftune.machine import probe
     from ftune.training import resuming, run
 
-    continued = resuming.reopen(Path(run_directory), override or (), probe())
+    machine = probe()
+    continued = resuming.reopen(Path(run_directory), override or (), machine)
     if os.environ.get("RANK", "0") == "0":
         for line in continued.notes:
             print(line)
         console.print_decisions(continued.spec.decisions)
         sys.stdout.flush()
-    run.train(continued.spec, plain=plain, checkpoint=continued.checkpoint)
+    foresee = foresight(machine, plan)
+    run.train(continued.spec, plain=plain, checkpoint=continued.checkpoint, foresee=foresee, force=force)

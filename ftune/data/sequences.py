@@ -54,6 +54,14 @@ class Sequences(Dataset):  # type: ignore[misc]
             }
         return columns
 
+    def learned(self) -> numpy.ndarray:
+        """Return the learned tokens of each row of the mix; int32."""
+        found = numpy.empty(len(self.mix), dtype=numpy.int32)
+        for source, file in enumerate(self.files):
+            here = self.mix.sources == source
+            found[here] = file.learned()[self.mix.rows[here]]
+        return found
+
     @property
     def num_tokens(self) -> int:
         """Tokens of one epoch."""

@@ -117,6 +117,16 @@ class TokenFile:
         longest = [numpy.max([numpy.diff(columns[name][0]) for name in names], axis=0) for columns in self._columns]
         return numpy.concatenate(longest).astype(numpy.int32)
 
+    def learned(self) -> numpy.ndarray:
+        """Return the learned tokens of each row's first text; int32."""
+        found = [numpy.zeros(0, dtype=numpy.int32)]
+        for columns in self._columns:
+            offsets, values = columns[column(self.views[0], "spans")]
+            spans = values.reshape(-1, 2)
+            before = numpy.concatenate([[0], numpy.cumsum(spans[:, 1] - spans[:, 0])])
+            found.append(numpy.diff(before[offsets // 2]).astype(numpy.int32))
+        return numpy.concatenate(found)
+
     def largest_id(self) -> int:
         """Return the largest token id in any row, -1 where there are no tokens."""
         names = [column(view, "input_ids") for view in self.views]

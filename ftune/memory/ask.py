@@ -58,11 +58,31 @@ def plannable(
     return loaded, problems
 
 
-def plan_of(spec: RunSpec, config: Mapping[str, Any], gpu: GpuFacts | None, machine: Machine) -> MemoryPlan:
-    """Return the plan of a decided run."""
+def plan_of(
+    spec: RunSpec,
+    config: Mapping[str, Any],
+    gpu: GpuFacts | None,
+    machine: Machine,
+    *,
+    lengths: Sequence[int] = (),
+    evaluated: Sequence[int] = (),
+    learned: int | None = None,
+) -> MemoryPlan:
+    """Return the plan of a decided run; of the rows that `trace` is told, or of the largest that the recipe allows."""
 
     def trace_of(layers: int | None) -> Trace:
-        return of_many_passes(spec, lambda few: trace(few, config, device=few.device_type, layers=layers))
+        def taken(few: RunSpec) -> Trace:
+            return trace(
+                few,
+                config,
+                device=few.device_type,
+                lengths=lengths,
+                evaluated=evaluated,
+                learned=learned,
+                layers=layers,
+            )
+
+        return of_many_passes(spec, taken)
 
     return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
 

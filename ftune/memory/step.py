@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback
 
 from ftune.data.collate import Collator
+from ftune.losses import IGNORED
 from ftune.memory.tracked import EVALUATION, FORWARD, OPTIMIZER, Tracked
 from ftune.models.quiet import quiet
 from ftune.resolve import RunSpec
@@ -21,19 +22,24 @@ from ftune.training.trainer import FtuneTrainer, Parts
 
 
 class Rows(IterableDataset[dict[str, Any]]):
-    """Rows of given lengths, of which every token is learned; over and over, or once."""
+    """Rows of given lengths, of which all tokens are learned or those in the last places; over and over, or once."""
 
     names: tuple[str, ...] = ()
 
-    def __init__(self, lengths: Sequence[int], *, packed: bool, endless: bool = True) -> None:
+    def __init__(
+        self, lengths: Sequence[int], *, packed: bool, endless: bool = True, learned: int | None = None
+    ) -> None:
         self._lengths, self._packed, self._endless = tuple(lengths), packed, endless
+        self._masked = 0 if learned is None else max(self._lengths) - learned
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for length in itertools.chain.from_iterable(
             itertools.repeat(self._lengths) if self._endless else [self._lengths]
         ):
             ids = numpy.full(length, 5, dtype=numpy.int64)
-            row: dict[str, Any] = {"input_ids": ids, "labels": ids, "source": 0}
+            labels = ids.copy()
+            labels[: self._masked] = IGNORED
+            row: dict[str, Any] = {"input_ids": ids, "labels": labels, "source": 0}
             if self._packed:
                 row["position_ids"] = numpy.arange(length) % ((length + 1) // 2)
             yield row
@@ -71,13 +77,13 @@ def worst_lengths(spec: RunSpec) -> tuple[int, ...]:
     return (recipe.data.max_length,) * recipe.training.per_device_train_batch_size
 
 
-def evaluated_rows(spec: RunSpec) -> Rows | None:
+def evaluated_rows(spec: RunSpec, lengths: Sequence[int] = ()) -> Rows | None:
     """Return the rows of the largest batch that is evaluated; None where a recipe evaluates nothing."""
     recipe = spec.recipe
     if recipe.training.eval_strategy == "no" and recipe.data.eval is None:
         return None
-    lengths = (recipe.data.max_length,) * recipe.training.per_device_eval_batch_size
-    return Rows(lengths, packed=recipe.data.packing, endless=False)
+    largest = (recipe.data.max_length,) * recipe.training.per_device_eval_batch_size
+    return Rows(lengths or largest, packed=recipe.data.packing, endless=False)
 
 
 def steps(

@@ -35,6 +35,10 @@ class Asked:
     """`cpu` is this machine's; `cuda` chooses operators as PyTorch does on a GPU."""
     lengths: tuple[int, ...] = ()
     """Tokens of each row of a micro-batch; empty for the largest one that the recipe allows."""
+    evaluated: tuple[int, ...] = ()
+    """Likewise of a batch that is evaluated, where the recipe evaluates."""
+    learned: int | None = None
+    """At how many places of a micro-batch a token is learned; None for all."""
     layers: int | None = None
     """How many layers to trace; None for all that the model has."""
 
@@ -45,6 +49,8 @@ def trace(
     *,
     device: Device = "cpu",
     lengths: Sequence[int] = (),
+    evaluated: Sequence[int] = (),
+    learned: int | None = None,
     layers: int | None = None,
 ) -> Trace:
     """Return the record of a training step after the first, and of an evaluation where the recipe has one.
@@ -56,7 +62,7 @@ def trace(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
         asked = {"spec": spec.to_json(), "config": dict(config), "device": device}
-        asked |= {"lengths": list(lengths), "layers": layers}
+        asked |= {"lengths": list(lengths), "evaluated": list(evaluated), "learned": learned, "layers": layers}
         code, said = run_traced(json.dumps(asked), path)
         if code != 0 or not path.exists():
             lines = said.strip().splitlines()
@@ -100,7 +106,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     model = skeleton(spec.recipe, config_from(asked.config, layers=asked.layers), fake)
     tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, keeps_chance=not on_cuda)
     tracked.follow(model)
-    evaluated = evaluated_rows(spec)
+    evaluated = evaluated_rows(spec, asked.evaluated)
     counted = 2 if turn is None else COUNTED
     turns: list[Turn] = []
 
@@ -118,7 +124,8 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
                 stack.enter_context(paged_on_host(tracked))
         stack.enter_context(tracked)
         # The flash-attn package needs no mask to keep documents apart.
-        rows = Rows(lengths, packed=spec.recipe.data.packing and not is_flash(spec.recipe))
+        packed = spec.recipe.data.packing and not is_flash(spec.recipe)
+        rows = Rows(lengths, packed=packed, learned=asked.learned)
         if turn is not None:
             callbacks.append(takes_turns)
         steps(spec, model, rows, callbacks, count=counted, eval_rows=evaluated)
@@ -127,8 +134,8 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
 
 def answer(values: dict[str, Any], path: Path) -> None:
     """Trace what is asked, as JSON, into a file."""
-    asked = Asked(RunSpec.from_json(values.pop("spec")), **{**values, "lengths": tuple(values["lengths"])})
-    write(traced_here(asked), path)
+    rows = {name: tuple(values.pop(name)) for name in ("lengths", "evaluated")}
+    write(traced_here(Asked(RunSpec.from_json(values.pop("spec")), **rows, **values)), path)
 
 
 def main() -> None:

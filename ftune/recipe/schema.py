@@ -146,6 +146,8 @@ class Training(Options):
     """Passes whose gradients are added up before one step: the same as one large batch, whatever the rows' lengths."""
     gradient_checkpointing: Flag = False
     """Keep only layer inputs in memory and compute the rest again in backward: about a third more time."""
+    on_out_of_memory: Literal["stop", "shrink"] = "stop"
+    """Where a step runs out of memory: stop, or make it again in passes of half the rows, and all later ones."""
     bf16: FlagOrAuto = "auto"
     """Compute in bfloat16 by autocast; weights stay in `model.dtype`."""
     fp16: FlagOrAuto = "auto"

@@ -78,7 +78,7 @@ def render(run: Run) -> str:
         status=status or "unknown",
         ending=_ENDINGS.get(status, status),
         facts=_facts(run),
-        figures=_figures(run.result),
+        figures=_figures(run.result, on_processor=run.spec.get("device_type") == "cpu"),
         plots=plots.draw(run.metrics),
         samples=_samples(run),
         decisions=_decisions(run),
@@ -118,7 +118,14 @@ _FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def _figures(result: dict[str, Any]) -> list[Figure]:
+_ON_PROCESSOR = {
+    "peak_memory_bytes": "peak memory, of the process",
+    "predicted_peak_bytes": "peak memory, predicted of tensors alone",
+}
+"""What is measured and what is predicted are the same on a GPU only."""
+
+
+def _figures(result: dict[str, Any], *, on_processor: bool = False) -> list[Figure]:
     """Return the rows of `result.json`: what we know in its unit, what is new as it is."""
     rows = []
     for key in [*(key for key in _FIGURES if key in result), *(key for key in result if key not in _FIGURES)]:
@@ -126,6 +133,8 @@ def _figures(result: dict[str, Any]) -> list[Figure]:
         if value is None or key == "status":
             continue
         label, said = _FIGURES.get(key, (key, _value))
+        if on_processor and result.get("predicted_peak_bytes") is not None:
+            label = _ON_PROCESSOR.get(key, label)
         try:
             shown = said(value)
         except (TypeError, ValueError, OverflowError):  # not the kind of value it should be

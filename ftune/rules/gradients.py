@@ -74,6 +74,18 @@ RULES: tuple[Rule, ...] = (
         good={"training": {"optim": "lomo", "optim_args": {"accumulate": "buffer"}, "gradient_accumulation_steps": 2}},
     ),
     Rule(
+        id="only-kept-gradients-shrink",
+        at="training.on_out_of_memory",
+        when=lambda f: f.recipe.training.on_out_of_memory == "shrink" and not _is(f, Gradients.KEPT),
+        what="a step of {optim} cannot be made again in smaller passes",
+        because="when memory runs out in the middle of a step, weights have moved already, or stand aside: it can be "
+        "neither finished nor undone",
+        instead="set on_out_of_memory: stop; or optim: adamw_torch, or another one that keeps its gradients",
+        also=(("training.optim", "keeps no gradients"),),
+        bad={"training": {"optim": "lomo", "on_out_of_memory": "shrink"}},
+        good={"training": {"optim": "adamw_torch", "on_out_of_memory": "shrink"}},
+    ),
+    Rule(
         id="one-way-to-clip",
         at="training.max_grad_norm",
         when=lambda f: (

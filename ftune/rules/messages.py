@@ -86,7 +86,8 @@ MESSAGES = {
     # exit code 3
     "cache": "Converted models cannot be written to ftune's cache folder; `ftune doctor` shows where it is.",
     "disk-room": "The disk cannot hold the checkpoints and the result of the run.",
-    "out-of-memory": "The GPU has no room for the model, or for a step of it.",
+    "out-of-memory": "There is no room for the model, or for a step of it, on the GPU or in this machine.",
+    "plan-too-large": "The plan of a run says that its largest batch cannot fit; `--force` trains all the same.",
     # exit code 4
     "ambiguous-format": "The first row fits several formats: `data.format` has to say which.",
     "data-empty": "A data file has no bytes, or a directory of data no files.",

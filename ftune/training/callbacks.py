@@ -20,7 +20,16 @@ from transformers import TrainerCallback
 from ftune import rundir
 from ftune.training.progress import Progress
 
-LOGGED = ("loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
+LOGGED = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "supervised_tokens",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "passes_per_batch",
+)
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc]

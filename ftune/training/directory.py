@@ -75,11 +75,16 @@ def settle(spec: RunSpec, decision: Decision) -> RunSpec:
     """Return the spec with what only the data or the model could tell, and write it down; one rank does."""
     section, key = decision.key.split(".")
     changed = getattr(spec.recipe, section).model_copy(update={key: decision.value})
+    return note(replace(spec, recipe=replace(spec.recipe, **{section: changed})), decision)
+
+
+def note(spec: RunSpec, decision: Decision) -> RunSpec:
+    """Return the spec with a decision in the place of an earlier one on the same, and write it down; one rank does."""
     others = tuple(made for made in spec.decisions if made.key != decision.key)
-    settled = replace(spec, recipe=replace(spec.recipe, **{section: changed}), decisions=(*others, decision))
+    noted = replace(spec, decisions=(*others, decision))
     if os.environ.get("RANK", "0") == "0":
-        rundir.write_text(Path(spec.recipe.training.output_dir) / rundir.RUN, settled.to_json())
-    return settled
+        rundir.write_text(Path(spec.recipe.training.output_dir) / rundir.RUN, noted.to_json())
+    return noted
 
 
 def _environment() -> str:

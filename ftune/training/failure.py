@@ -5,23 +5,35 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ftune import plugin, rundir
 from ftune.errors import FtuneError, Interrupted, Problem, RunError
 from ftune.resolve import RunSpec
 from ftune.training import checkpoint
+from ftune.training.foretold import Forecast
+from ftune.training.passes import lengths_of, ran_out_of_memory
+from ftune.training.shrinking import EVALUATING, MOVING, PASSES, Doing, ShrinkingTrainer
+from ftune.units import format_bytes
+
+
+@dataclass
+class Course:
+    """How far a run has come: what there is to tell if it fails."""
+
+    forecast: Forecast | None = None
+    trainer: ShrinkingTrainer | None = None
 
 
 @contextlib.contextmanager
-def written_down(spec: RunSpec, *, main: bool) -> Iterator[None]:
+def written_down(spec: RunSpec, *, main: bool) -> Iterator[Course]:
     """Turn what can be explained into an FtuneError, and leave a result either way."""
+    course = Course()
     try:
-        yield
+        yield course
     except BaseException as error:
-        explained = _explain(error, spec)
+        explained = _explain(error, spec, course)
         if main:
             _write(Path(spec.recipe.training.output_dir), explained)
         if explained is error:
@@ -29,7 +41,7 @@ def written_down(spec: RunSpec, *, main: bool) -> Iterator[None]:
         raise explained from error
 
 
-def _explain(error: BaseException, spec: RunSpec) -> BaseException:
+def _explain(error: BaseException, spec: RunSpec, course: Course) -> BaseException:
     if isinstance(error, FtuneError):
         return error
     home = Path(spec.recipe.training.output_dir)
@@ -37,29 +49,65 @@ def _explain(error: BaseException, spec: RunSpec) -> BaseException:
     resume = f"go on with: ftune resume {home}" if kept else "nothing was saved yet"
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(Problem("interrupted", "stopped at once, without saving", fix=resume))
-    if isinstance(error, torch.OutOfMemoryError):
-        return RunError(_out_of_memory(error, spec))
+    if ran_out_of_memory(error):
+        return RunError(out_of_memory(error, spec, course))
     if checkpoint.out_of_room(error):
         return RunError(Problem("disk-full", "the disk is full", why=str(error)[:200], fix=f"free it, then {resume}"))
     return error
 
 
-def _out_of_memory(error: BaseException, spec: RunSpec) -> Problem:
-    training = spec.recipe.training
-    batch = training.per_device_train_batch_size
-    ways = []
-    if batch > 1:
-        accumulation = training.gradient_accumulation_steps * 2
-        ways.append(
-            f"per_device_train_batch_size: {max(1, batch // 2)} with gradient_accumulation_steps: {accumulation}"
-        )
-    if not training.gradient_checkpointing:
-        ways.append("gradient_checkpointing: true")
-    if not plugin.tuning(spec.recipe.tuning.method).frozen_base:
-        ways.append("tuning: {method: lora}")
-    why = str(error).split("\n", maxsplit=1)[0][:200]
-    fix = "; or ".join(ways) or f"a lower data.max_length than {spec.recipe.data.max_length}"
-    return Problem("out-of-memory", "the GPU has no memory left", why=why, fix=fix)
+def out_of_memory(error: BaseException, spec: RunSpec, course: Course) -> Problem:
+    """Return what is said of a run without memory: doing what, for which rows, beside what, and what to change."""
+    doing = course.trainer.doing if course.trainer is not None else Doing()
+    device = "the GPU" if spec.device_type == "cuda" else "this machine"
+    when = f", {doing.what} at step {doing.step}" if doing.what else "" if course.trainer else ", before the first step"
+    why = []
+    if doing.batch is not None:
+        lengths = lengths_of(doing.batch)
+        rows = f"rows of {', '.join(map(str, lengths))} tokens" if len(lengths) > 1 else f"a row of {lengths[0]} tokens"
+        why.append(rows + (f", in {doing.passes} passes" if doing.passes > 1 else ""))
+    if course.forecast is not None:
+        parts = sorted(course.forecast.parts.items(), key=lambda part: -part[1])
+        said = ", ".join(f"{part} {format_bytes(size)}" for part, size in parts if size)
+        why.append(f"the plan has at the peak {said}")
+    why.append((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+    fix = "; or ".join(_ways(spec, doing)) or "a smaller model, or a device with more memory"
+    return Problem("out-of-memory", f"{device} has no memory left{when}", why="; ".join(why), fix=fix)
+
+
+def _ways(spec: RunSpec, doing: Doing) -> Iterator[str]:
+    """Yield what would need less, that which changes least what is learned first."""
+    training, tuning = spec.recipe.training, plugin.tuning(spec.recipe.tuning.method)
+    home, method = Path(training.output_dir), plugin.optimizer(spec.recipe.optimizer.method)
+    if doing.what == EVALUATING:
+        rows = max(1, training.per_device_eval_batch_size // 2)
+        go_on = f"ftune resume {home} --set" if rundir.checkpoints(home) else "set"
+        yield f"{go_on} training.per_device_eval_batch_size={rows}"
+        return
+    if doing.what == PASSES and doing.batch is not None and len(doing.batch["input_ids"]) > doing.passes:
+        if method.gradients is plugin.Gradients.KEPT and rundir.checkpoints(home):
+            yield f"ftune resume {home} --set training.on_out_of_memory=shrink, which halves what is computed at once"
+        yield from _smaller_batch(spec, doing)
+    if doing.what != MOVING and not training.gradient_checkpointing:
+        yield "set gradient_checkpointing: true"
+    if not tuning.frozen_base:
+        yield "set tuning: {method: lora}"
+    if doing.what == PASSES:
+        yield f"set a lower data.max_length than {spec.recipe.data.max_length}"
+
+
+def _smaller_batch(spec: RunSpec, doing: Doing) -> Iterator[str]:
+    training, method = spec.recipe.training, plugin.optimizer(spec.recipe.optimizer.method)
+    if training.max_tokens_per_batch is not None:
+        tokens = training.max_tokens_per_batch // (2 * doing.passes)
+        key, half = "max_tokens_per_batch", tokens
+    elif training.per_device_train_batch_size > doing.passes:
+        key, half = "per_device_train_batch_size", training.per_device_train_batch_size // (2 * doing.passes)
+    else:
+        return
+    times = training.gradient_accumulation_steps * 2 * doing.passes
+    same = f" with gradient_accumulation_steps: {times}" if method.accumulates(spec.recipe.optimizer.options) else ""
+    yield f"set {key}: {max(1, half)}{same}"
 
 
 def _write(home: Path, error: BaseException) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ftune import plugin
 from ftune.cache import cache_directory
-from ftune.data.collate import Collator
+from ftune.data.collate import Collator, padding_id
 from ftune.data.lengths import NOW, length_summary, padding_of
 from ftune.data.prepare import LOOKED_AT, Prepared, Stored, prepare
 from ftune.errors import RecipeError
@@ -56,6 +56,13 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     shown.say(f"{decision.key} = {decision.value}: {decision.why}")
     spec = directory.settle(spec, decision)
     return spec, load(spec.recipe.model)
+
+
+def collator_of(recipe: Recipe, tokenizer: Any, model: Any, data: Prepared) -> Collator:
+    """Return what makes batches of rows."""
+    padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
+    flatten = recipe.model.attn_implementation.startswith("flash")
+    return Collator(padding, flatten=flatten, by_source=data.has_several_sources)
 
 
 def batches_to_look_at(spec: RunSpec, data: Prepared, collator: Collator, device: Any) -> plugin.Batches:

@@ -30,7 +30,8 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         # Noted before the first step: where weights move in turn, only those of the coming step require a gradient.
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         if self._reduces_itself:
-            # Not wrapped: DistributedDataParallel keeps every gradient, and wants the same weights trained each time.
+            # Not wrapped: DistributedDataParallel keeps every gradient, wants the same weights trained each time, and
+            # has ranks wait for each other inside backward, where one may fail.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         if self.method.gradients in STEPS:
             self._step = STEPS[self.method.gradients]()
@@ -43,16 +44,24 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _reduces_itself(self) -> bool:
-        return self.method.gradients in STEPS or plugin.tuning(self.recipe.tuning.method).rotates
+        """Whether gradients are averaged at the end of a step, and not inside of backward."""
+        training, tuning = self.recipe.training, plugin.tuning(self.recipe.tuning.method)
+        return self.method.gradients in STEPS or tuning.rotates or training.on_out_of_memory == "shrink"
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Return one micro-batch's share of the step's loss, having made of its gradient what the optimizer wants."""
+    def one_pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        """Return a batch's share of the step's loss, having made of its gradient what the optimizer wants."""
         if self.method.gradients in STEPS:
             return self._step(self, model, inputs, num_items_in_batch)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self._reduces_itself and self.accelerator.sync_gradients:
-            self._average_gradients()
         return loss
+
+    def average_gradients(self) -> None:
+        """Average over the ranks what DistributedDataParallel, where it is in use, has averaged already."""
+        if self.method.gradients in STEPS or not self._reduces_itself or self.accelerator.num_processes == 1:
+            return
+        for weight in self.model.parameters():
+            if weight.grad is not None:
+                weight.grad.copy_(self.accelerator.reduce(weight.grad, "mean"))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the recipe's optimizer over the trained weights; biases and norms are not decayed."""
@@ -127,12 +136,6 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.own_optimizer, factors)
         self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _average_gradients(self) -> None:
-        """Average over the ranks what DistributedDataParallel, which wants the same weights each time, would."""
-        for weight in self.model.parameters():
-            if weight.grad is not None:
-                weight.grad.copy_(self.accelerator.reduce(weight.grad, "mean"))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Return the gradient norm; an optimizer that keeps none has clipped and measured it itself."""

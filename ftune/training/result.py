@@ -37,11 +37,17 @@ class RunResult:
 
 
 def finish(
-    trainer: FtuneTrainer, samples: Samples, *, stopped: bool, wall_seconds: float, shown: Progress
+    trainer: FtuneTrainer,
+    samples: Samples,
+    *,
+    stopped: bool,
+    wall_seconds: float,
+    predicted_peak_bytes: int | None,
+    shown: Progress,
 ) -> RunResult:
     """Save what there is to save and write the result; raises Interrupted where the user stopped the run."""
     if stopped:
-        result = _result(trainer, "interrupted", wall_seconds)
+        result = _result(trainer, "interrupted", wall_seconds, predicted_peak_bytes)
         _write(trainer, result, shown)
         shown.close()
         saved = rundir.checkpoint_name(trainer.state.global_step)
@@ -61,9 +67,9 @@ def finish(
     answers = samples.ask("after")
     shown.close()
     samples.show(answers)
-    result = _result(trainer, "finished", wall_seconds)
+    result = _result(trainer, "finished", wall_seconds, predicted_peak_bytes)
     _write(trainer, result, shown)
-    shown.say(_summary(result))
+    shown.say(_summary(result, comparable=trainer.args.device.type == "cuda"))
     return result
 
 
@@ -84,7 +90,7 @@ def _save_model(trainer: FtuneTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _result(trainer: FtuneTrainer, status: str, wall_seconds: float) -> RunResult:
+def _result(trainer: FtuneTrainer, status: str, wall_seconds: float, predicted_peak_bytes: int | None) -> RunResult:
     meter = trainer.meter
     trainer.close_meter()
     best = trainer.best_checkpoint()
@@ -99,7 +105,7 @@ def _result(trainer: FtuneTrainer, status: str, wall_seconds: float) -> RunResul
         tokens_per_second=round(meter.tokens / meter.seconds, 1) if meter.seconds > 0 else 0.0,
         wall_seconds=round(wall_seconds, 3),
         peak_memory_bytes=peak_memory_bytes(trainer.args.device),
-        predicted_peak_bytes=None,
+        predicted_peak_bytes=predicted_peak_bytes,
         best_checkpoint=str(best.relative_to(trainer.directory)) if best else None,
     )
 
@@ -122,12 +128,14 @@ def _draw(directory: Path, shown: Progress) -> None:
         shown.say(f"no {rundir.REPORT} was written: {why}; try again: ftune report {directory}")
 
 
-def _summary(result: RunResult) -> str:
+def _summary(result: RunResult, *, comparable: bool) -> str:
     evaluated = f", eval_loss {result.eval_loss:.4f}" if result.eval_loss is not None else ""
+    predicted = result.predicted_peak_bytes
+    foretold = f" ({format_bytes(predicted)} predicted)" if comparable and predicted is not None else ""
     model = Path(result.directory) / rundir.MODEL
     return (
         f"finished: {result.steps} steps in {format_duration(result.wall_seconds)}, "
         f"train_loss {result.train_loss or 0:.4f}{evaluated}, "
-        f"{result.tokens_per_second:,.0f} tokens/s, peak {format_bytes(result.peak_memory_bytes)}\n"
+        f"{result.tokens_per_second:,.0f} tokens/s, peak {format_bytes(result.peak_memory_bytes)}{foretold}\n"
         f"the result is in {model}; talk to it: ftune chat {result.directory}"
     )

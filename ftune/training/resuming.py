@@ -22,6 +22,7 @@ from ftune.resolve.files import fingerprint
 from ftune.rules import check
 from ftune.training import checkpoint
 from ftune.training.directory import held
+from ftune.training.passes import keep_passes
 
 MAY_CHANGE = (
     "training.num_train_epochs",
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "training.run_name",
     "training.dataloader_",
     "training.early_stopping_",
+    "training.on_out_of_memory",
     "training.load_best_model_at_end",
     "data.num_proc",
 )
@@ -141,7 +143,7 @@ def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Ma
     """Return the spec with changes applied, and its recipe; raises RunError where they touch what was learned."""
     named = _named(changes)
     loaded = load(directory / rundir.RECIPE, (*spec.overrides, *changes))
-    fresh = _with_output(resolve(loaded, machine, fingerprints=False), directory.resolve())
+    fresh = keep_passes(_with_output(resolve(loaded, machine, fingerprints=False), directory.resolve()), spec)
     recipe, written = fresh.recipe, loaded.recipe
     for key in FOUND_AGAIN:
         if key not in named:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
-from ftune.data.collate import Collator, padding_id
+from ftune.data.prepare import Prepared
 from ftune.models.load import load_tokenizer
 from ftune.models.quiet import quiet
 from ftune.quantized.model import codes_of
@@ -18,28 +20,49 @@ from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary, unfinished_sweep
-from ftune.training.loading import load_base, load_rows, prompts_of, ready, tell
+from ftune.training.foretold import Forecast, Foresee, foretold
+from ftune.training.loading import collator_of, load_base, load_rows, prompts_of, ready, tell
+from ftune.training.passes import Passes, passes_of
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
 from ftune.training.settings import settings_of
 from ftune.training.trainer import FtuneTrainer, Parts
 
 
-def train(spec: RunSpec, *, plain: bool = False, checkpoint: Path | None = None) -> RunResult:
-    """Run a spec from its start or from a checkpoint; raises FtuneError, and leaves `result.json` in every case."""
+def train(
+    spec: RunSpec,
+    *,
+    plain: bool = False,
+    checkpoint: Path | None = None,
+    foresee: Foresee | None = None,
+    force: bool = False,
+) -> RunResult:
+    """Run a spec from its start or from a checkpoint; raises FtuneError, and leaves `result.json` in every case.
+
+    Where `foresee` is given, the run's plan is asked for before its weights are loaded. One that cannot fit stops the
+    run, unless that is forced.
+    """
     main = os.environ.get("RANK", "0") == "0"
     shown = progress.choose(plain=plain, main=main)
     home = Path(spec.recipe.training.output_dir)
     stop = StopOnRequest()
     held = directory.held(home) if main else contextlib.nullcontext()
-    with held, failure.written_down(spec, main=main), stop.listening():
+    with held, failure.written_down(spec, main=main) as course, stop.listening():
         try:
-            return _run(spec, checkpoint, shown, stop)
+            foretells = functools.partial(foretold, foresee, force=force) if foresee is not None and main else None
+            return _run(spec, checkpoint, shown, stop, course, foretells)
         finally:
             shown.close()
 
 
-def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop: StopOnRequest) -> RunResult:
+def _run(
+    spec: RunSpec,
+    checkpoint: Path | None,
+    shown: progress.Progress,
+    stop: StopOnRequest,
+    course: failure.Course,
+    foretells: Callable[[RunSpec, Prepared, progress.Progress], Forecast | None] | None,
+) -> RunResult:
     started, recipe = time.perf_counter(), spec.recipe
     home = Path(recipe.training.output_dir)
     if os.environ.get("RANK", "0") == "0":
@@ -50,6 +73,8 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
     if spec.recipe.data.format == "auto":
         check_later(spec, "data.format", data.format, shown.say)
         spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
+    if foretells is not None:
+        course.forecast = foretells(spec, data, shown)
     spec, model = load_base(spec, shown)
     recipe = spec.recipe
     evaluates = recipe.training.eval_strategy != "no" or recipe.data.eval is not None
@@ -58,31 +83,16 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
     check_lengths(recipe, data, model)
     check_vocabulary(tokenizer, model, data)
     check_packing(recipe, model)
-    flatten = recipe.model.attn_implementation.startswith("flash")
-    padding = padding_id(tokenizer, model.get_input_embeddings().num_embeddings)
-    collator = Collator(padding, flatten=flatten, by_source=data.has_several_sources)
+    collator = collator_of(recipe, tokenizer, model, data)
     set_seed(recipe.training.seed)
     model = ready(spec, model, data, collator, shown)
 
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
-    callbacks = [SaveAfterEvaluation(), stop, metrics, samples]
-    if recipe.training.early_stopping_patience is not None:
-        training = recipe.training
-        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
-    with quiet():
-        trainer = FtuneTrainer(
-            Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments, data.names), callbacks
-        )
-    trainer.remove_callback(PrinterCallback)
-    check_room(trainer)
-    if (unfinished := unfinished_sweep(trainer)) is not None:
-        shown.say(f"warning: {unfinished}")
-    check_later(spec, "training.max_steps", trainer.planned_steps(), shown.say)
-    _say_what_moves(trainer, shown)
-
+    parts = Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments, data.names)
+    trainer = _trainer(spec, parts, [SaveAfterEvaluation(), stop, metrics, samples], shown)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
     samples.trainer = trainer
-    trainer.stop = stop
+    trainer.stop, course.trainer = stop, trainer
     if checkpoint is not None:
         trainer.load_counts(checkpoint)
     if trainer.is_world_process_zero():
@@ -96,7 +106,32 @@ def _run(spec: RunSpec, checkpoint: Path | None, shown: progress.Progress, stop:
         else:
             with stop.between_steps():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return finish(trainer, samples, stopped=stop.stopped, wall_seconds=time.perf_counter() - started, shown=shown)
+    return finish(
+        trainer,
+        samples,
+        stopped=stop.stopped,
+        wall_seconds=time.perf_counter() - started,
+        predicted_peak_bytes=course.forecast.allocated_bytes if course.forecast is not None else None,
+        shown=shown,
+    )
+
+
+def _trainer(spec: RunSpec, parts: Parts, callbacks: list[TrainerCallback], shown: progress.Progress) -> FtuneTrainer:
+    """Return what trains, having said what is odd about what it will do; raises MachineError without room for it."""
+    training = spec.recipe.training
+    if training.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
+    with quiet():
+        trainer = FtuneTrainer(parts, callbacks)
+    trainer.remove_callback(PrinterCallback)
+    if training.on_out_of_memory == "shrink" or passes_of(spec):
+        trainer.passes = Passes(spec, shown)
+    check_room(trainer)
+    if (unfinished := unfinished_sweep(trainer)) is not None:
+        shown.say(f"warning: {unfinished}")
+    check_later(spec, "training.max_steps", trainer.planned_steps(), shown.say)
+    _say_what_moves(trainer, shown)
+    return trainer
 
 
 def _say_what_moves(trainer: FtuneTrainer, shown: progress.Progress) -> None:

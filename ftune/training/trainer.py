@@ -28,7 +28,7 @@ from ftune.recipe.schema import Recipe
 from ftune.training import checkpoint
 from ftune.training.callbacks import StopOnRequest
 from ftune.training.meter import Meter, losses_by_source, peak_memory_bytes
-from ftune.training.moving import MovingTrainer
+from ftune.training.shrinking import EVALUATING, Doing, ShrinkingTrainer
 from ftune.training.state_size import state_bytes_of
 
 
@@ -47,7 +47,7 @@ class Parts:
     """What the sources of training rows are called."""
 
 
-class FtuneTrainer(MovingTrainer):
+class FtuneTrainer(ShrinkingTrainer):
     """Token-weighted losses, checkpoints that are whole or absent, and metrics that survive a resume."""
 
     def __init__(self, parts: Parts, callbacks: list[TrainerCallback]) -> None:
@@ -109,13 +109,9 @@ class FtuneTrainer(MovingTrainer):
         # DDP averages gradients over ranks, and each rank has already divided by the tokens of all.
         return loss * self.accelerator.num_processes
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.meter.add(loss, inputs)
-        if self.accelerator.sync_gradients:
-            self.meter.end_step()
+    def count(self, loss: torch.Tensor, batch: dict[str, Any]) -> None:
+        self.meter.add(loss, batch)
         self._finite &= torch.isfinite(loss)
-        return loss
 
     def stop_if_not_finite(self) -> None:
         """Raise RunError once a loss was NaN or infinite: nothing learned after it is worth keeping."""
@@ -146,6 +142,8 @@ class FtuneTrainer(MovingTrainer):
             self.stop_if_not_finite()
             logs = {**logs, **self._read_meter()}
             logs["seconds_per_step"] = self.meter.seconds / self.meter.total_steps
+            if self.passes is not None and (passes := self.passes.at(self.state.global_step)) > 1:
+                logs["passes_per_batch"] = passes
         elif "train_loss" in logs:
             return
         logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
@@ -172,8 +170,10 @@ class FtuneTrainer(MovingTrainer):
             self.meter.start_clock()
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        self.doing = Doing(EVALUATING, self.state.global_step)
         with self.aside():
             metrics: dict[str, float] = super().evaluate(*arguments, **named)
+        self.doing = Doing()
         self.last_evaluation = (self.state.global_step, metrics["eval_loss"])
         return metrics
 
