@@ -16,6 +16,7 @@ from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
 from ftune.memory.passes import of_many_passes
 from ftune.memory.plan import MemoryPlan, planned
 from ftune.memory.traced import trace
+from ftune.memory.tracer import kept_tracer
 from ftune.places import PACKAGE, expanded
 from ftune.recipe import Loaded
 from ftune.recipe.schema import Model
@@ -84,7 +85,8 @@ def plan_of(
 
         return of_many_passes(spec, taken)
 
-    return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
+    with kept_tracer():
+        return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
 
 
 def machine_with(gpu: str | None) -> tuple[Machine, GpuFacts | None]:
