@@ -20,6 +20,7 @@ from ftune.memory.ask import config_of_model
 from ftune.memory.events import Owner, Trace
 from ftune.memory.peak import peak
 from ftune.memory.traced import trace
+from ftune.memory.tracer import kept_tracer
 from ftune.resolve import examine, raise_errors, resolve
 
 _GIB, _MIB = 1024**3, 1024**2
@@ -136,5 +137,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    for line in lines(row for row in ROWS if options.only in ("", row.table)):
-        print(line, flush=True)
+    with kept_tracer():
+        for line in lines(row for row in ROWS if options.only in ("", row.table)):
+            print(line, flush=True)
