@@ -13,7 +13,7 @@ from ftune.machine import Gpu, Machine, probe
 from ftune.memory.catalogue import config_folder
 from ftune.memory.events import Trace
 from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
-from ftune.memory.passes import of_many_passes
+from ftune.memory.micro_batches import of_many_passes
 from ftune.memory.plan import MemoryPlan, planned
 from ftune.memory.traced import trace
 from ftune.memory.tracer import kept_tracer

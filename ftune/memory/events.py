@@ -57,3 +57,7 @@ class Trace:
     work: tuple[Work, ...]
     host_bytes: int = 0
     """Bytes kept in the host's memory: offloaded state, sleeping groups, paged state."""
+    checkpoint_bytes: int = 0
+    """What a checkpoint takes on the disk."""
+    model_bytes: int = 0
+    """What the result takes on the disk."""

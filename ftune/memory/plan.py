@@ -17,7 +17,9 @@ from ftune.memory.overhead import Need, need, with_workspaces
 from ftune.memory.peak import Peak, peak
 from ftune.memory.replay import replay
 from ftune.memory.step_time import step_time
+from ftune.recipe.schema import Training
 from ftune.resolve import RunSpec
+from ftune.training.checkpoint import most_at_once, planned_saves, room_needed
 
 _PARTS: Mapping[Owner, str] = {
     Owner.WEIGHT: "weights",
@@ -48,6 +50,8 @@ class MemoryPlan:
     capacity_bytes: int | None
     host_bytes: int
     """Kept in the host's memory beside the process: optimizer state, groups whose turn it is not."""
+    disk_bytes: int
+    """Most that a run leaves in its directory: the checkpoints that are kept, the one being written, the result."""
     tokens_per_step: int
     """Of the largest batch that the recipe allows, all its micro-batches together."""
     seconds_per_step: float | None
@@ -92,9 +96,11 @@ class MemoryPlan:
             "fits": self.fits,
             "tight": self.is_tight,
             "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
             "tokens_per_step": self.tokens_per_step,
             "seconds_per_step": self.seconds_per_step,
             "tokens_per_second": self.tokens_per_second,
+            "changes": [],
         }
 
 
@@ -107,14 +113,21 @@ class _Beyond:
     unused: float
     """Bytes that it reserves and cannot use."""
     host: float
+    checkpoint: float
+    result: float
+    """Bytes of a checkpoint and of the final model on the disk."""
     seconds: float
 
     @staticmethod
-    def of(trace: Trace, gpu: GpuFacts, *, tf32: bool) -> _Beyond:
+    def of(trace: Trace, gpu: GpuFacts | None, *, tf32: bool) -> _Beyond:
+        """Without a GPU there is no caching allocator: what a process needs beside its tensors is not planned."""
+        on_disk = trace.checkpoint_bytes, trace.model_bytes
+        if gpu is None:
+            return _Beyond(0, 0, 0, *on_disk, 0)
         replayed = replay(with_workspaces(trace.events, gpu.capability))
         seconds = step_time(trace.work, gpu, tf32=tf32).seconds if gpu.has_speed else 0.0
         allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
-        return _Beyond(allocated - peak(trace).size_bytes, reserved - allocated, trace.host_bytes, seconds)
+        return _Beyond(allocated - peak(trace).size_bytes, reserved - allocated, trace.host_bytes, *on_disk, seconds)
 
     def at(self, share: float, other: _Beyond) -> _Beyond:
         """Return the figures on the line through these (share 0) and others (share 1)."""
@@ -147,22 +160,21 @@ def planned(
     recipe = spec.recipe
     rows = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
     parts = {said: highest.by_owner.get(owner, 0) for owner, said in _PARTS.items()}
-    if gpu is None:
-        # Without a caching allocator there is the process beside its tensors, which is not planned.
-        beyond, needs = _Beyond(0, 0, 0, 0), Need(highest.size_bytes, highest.size_bytes)
-    else:
-        beyond = _beyond(traces, layers, lambda trace: _Beyond.of(trace, gpu, tf32=bool(recipe.training.tf32)))
-        allocated = round(highest.size_bytes + beyond.rounding)
+    beyond = _beyond(traces, layers, lambda trace: _Beyond.of(trace, gpu, tf32=bool(recipe.training.tf32)))
+    allocated = round(highest.size_bytes + beyond.rounding)
+    needs = Need(allocated, allocated)
+    if gpu is not None:
         needs = need(allocated, round(allocated + beyond.unused), gpu.capability)
     return MemoryPlan(
         parts={**parts, "overhead": needs.low_bytes - highest.size_bytes},
         phases={phase: found.size_bytes for phase, found in phases.items()},
         peak_at=_place(highest),
-        allocated_bytes=round(highest.size_bytes + beyond.rounding),
+        allocated_bytes=allocated,
         need=needs,
         device=gpu.name if gpu is not None else "the processor",
         capacity_bytes=gpu.memory_bytes if gpu is not None else host_memory_bytes or None,
         host_bytes=round(beyond.host),
+        disk_bytes=_on_disk(recipe.training, round(beyond.checkpoint), round(beyond.result)),
         tokens_per_step=rows * recipe.data.max_length,
         seconds_per_step=beyond.seconds or None,
     )
@@ -174,6 +186,15 @@ def _beyond(traces: Mapping[int | None, Trace], layers: int, of: Callable[[Trace
         return of(whole)
     few, more = sorted(number for number in traces if number is not None)[-2:]
     return of(traces[few]).at((layers - few) / (more - few), of(traces[more]))
+
+
+def _on_disk(training: Training, checkpoint_bytes: int, model_bytes: int) -> int:
+    """Return what a run leaves; where its length depends on the rows, one that is long enough for every checkpoint."""
+    keep = training.save_total_limit
+    saves = most_at_once(keep, 1 if keep is None else keep + 2)
+    if training.max_steps > 0 or training.save_strategy != "steps":
+        saves = planned_saves(training, training.max_steps)
+    return room_needed(checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes, keep=keep, saves=saves)
 
 
 def _place(highest: Peak) -> str:

@@ -53,6 +53,7 @@ def _lines(plan: MemoryPlan) -> list[str]:
         lines.append(
             f"up to {format_bytes(plan.need.high_bytes)} may be taken: what the allocator cannot use, a margin"
         )
+    lines.append(f"the run directory takes up to {format_bytes(plan.disk_bytes)} of disk")
     if plan.seconds_per_step is not None:
         speed = plan.tokens_per_second or 0.0
         lines.append(f"about {plan.seconds_per_step:.2g} s a step, {speed:,.0f} tokens/s (a model, not measured)")

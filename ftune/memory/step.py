@@ -94,10 +94,10 @@ def steps(
     *,
     count: int = 2,
     eval_rows: Any = None,
-) -> None:
+) -> tuple[int, int]:
     """Train for some steps, evaluate after the last one where there are rows for it, and write nothing.
 
-    `callbacks` are made of the trainer.
+    `callbacks` are made of the trainer. Returns the bytes that a checkpoint and the result would take on the disk.
     """
     with tempfile.TemporaryDirectory() as folder:
         training = spec.recipe.training.model_copy(update={"output_dir": folder, "load_best_model_at_end": False})
@@ -130,3 +130,4 @@ def steps(
             for callback in callbacks:
                 trainer.add_callback(callback(trainer))
             trainer.train()
+            return trainer.saved_bytes()

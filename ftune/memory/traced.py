@@ -128,8 +128,9 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
         rows = Rows(lengths, packed=packed, learned=asked.learned)
         if turn is not None:
             callbacks.append(takes_turns)
-        steps(spec, model, rows, callbacks, count=counted, eval_rows=evaluated)
-    return tracked.trace(), turns[0].count if turns else 1
+        checkpoint, result = steps(spec, model, rows, callbacks, count=counted, eval_rows=evaluated)
+    trace = dataclasses.replace(tracked.trace(), checkpoint_bytes=checkpoint, model_bytes=result)
+    return trace, turns[0].count if turns else 1
 
 
 def answer(values: dict[str, Any], path: Path) -> None:

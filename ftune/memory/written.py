@@ -9,6 +9,7 @@ from typing import Any
 
 from ftune.memory.events import Event, Owner, Trace, Work
 
+_SIZES = ("host_bytes", "checkpoint_bytes", "model_bytes")
 _WORDS = ("owner", "phase", "module", "operation")
 
 
@@ -21,7 +22,8 @@ def write(trace: Trace, path: Path) -> None:
     for name in _WORDS:
         columns[name] = [words.setdefault(str(_plain(getattr(event, name))), len(words)) for event in trace.events]
     work = [[one.phase, one.operation, one.dtype, one.count, one.flops, one.moved_bytes] for one in trace.work]
-    text = json.dumps({"words": list(words), "columns": columns, "work": work, "host_bytes": trace.host_bytes})
+    sizes = {name: getattr(trace, name) for name in _SIZES}
+    text = json.dumps({"words": list(words), "columns": columns, "work": work, "sizes": sizes})
     path.write_bytes(zlib.compress(text.encode(), 1))
 
 
@@ -34,7 +36,7 @@ def read(path: Path) -> Trace:
         Event(storage, size, Owner(owner), phase, module, operation)
         for storage, size, owner, phase, module, operation in rows
     )
-    return Trace(events, tuple(Work(*one) for one in values["work"]), values["host_bytes"])
+    return Trace(events, tuple(Work(*one) for one in values["work"]), **values["sizes"])
 
 
 def _plain(value: Any) -> Any:

@@ -82,6 +82,7 @@ class Device:
             device="made up",
             capacity_bytes=self.capacity,
             host_bytes=0,
+            disk_bytes=0,
             tokens_per_step=rows * passes * recipe.data.max_length,
             seconds_per_step=seconds if self.timed else None,
         )
