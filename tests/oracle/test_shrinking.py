@@ -244,6 +244,17 @@ def test_a_run_that_stopped_for_memory_goes_on_with_less(tiny_model: Path, rows:
     assert farthest(weights(tmp_path / "stopped"), weights(whole.directory)) < 1e-6
 
 
+def test_told_to_stop_a_run_keeps_the_passes_it_came_to(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = {**LARGE, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    with room_for(2):
+        ftune.train(values(tiny_model, rows, tmp_path / "run", settings))
+    with room_for(2) as passes:
+        resume(tmp_path / "run", "training.on_out_of_memory=stop", "training.max_steps=2")
+    assert set(passes) == {2}
+    with room_for(1), pytest.raises(RunError, match="in forward and backward at step 3"):
+        resume(tmp_path / "run", "training.max_steps=3")
+
+
 @pytest.mark.slow
 def test_ranks_shrink_together(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = {**LARGE, **SGD, "per_device_train_batch_size": 2, "num_train_epochs": 1}
