@@ -49,7 +49,7 @@ def farthest(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 def decision(done: Any) -> dict[str, Any]:
     made = json.loads((Path(done.directory) / "run.json").read_text())["decisions"]
-    found: dict[str, Any] = next(one for one in made if one["key"] == "training.passes_per_batch")
+    found: dict[str, Any] = next(one for one in made if one["key"] == "passes_per_batch")
     return found
 
 
@@ -266,7 +266,7 @@ def test_ranks_shrink_together(tiny_model: Path, rows: Path, tmp_path: Path) -> 
         done = run_short(limits, "train", path, ranks=2)
         assert done.returncode == 0, done.stdout + done.stderr
     decisions = json.loads((tmp_path / "short" / "run.json").read_text())["decisions"]
-    (shrunk,) = (one for one in decisions if one["key"] == "training.passes_per_batch")
+    (shrunk,) = (one for one in decisions if one["key"] == "passes_per_batch")
     assert shrunk["value"] == {"2": 2}
     assert "another rank" in shrunk["why"]  # the first one writes, the second one was short
     assert farthest(weights(tmp_path / "short"), weights(tmp_path / "roomy")) < 1e-6
