@@ -14,7 +14,7 @@ from ftune.resolve import Decision, RunSpec
 from ftune.training import directory
 from ftune.training.progress import Progress
 
-KEY = "training.passes_per_batch"
+KEY = "passes_per_batch"
 """Of the decision that says so in `run.json`: passes by the step from which on they are made."""
 
 Batch = dict[str, Any]

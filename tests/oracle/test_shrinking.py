@@ -49,7 +49,7 @@ def farthest(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 def decision(done: Any) -> dict[str, Any]:
     made = json.loads((Path(done.directory) / "run.json").read_text())["decisions"]
-    found: dict[str, Any] = next(one for one in made if one["key"] == "training.passes_per_batch")
+    found: dict[str, Any] = next(one for one in made if one["key"] == "passes_per_batch")
     return found
 
 
@@ -244,6 +244,17 @@ def test_a_run_that_stopped_for_memory_goes_on_with_less(tiny_model: Path, rows:
     assert farthest(weights(tmp_path / "stopped"), weights(whole.directory)) < 1e-6
 
 
+def test_told_to_stop_a_run_keeps_the_passes_it_came_to(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = {**LARGE, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    with room_for(2):
+        ftune.train(values(tiny_model, rows, tmp_path / "run", settings))
+    with room_for(2) as passes:
+        resume(tmp_path / "run", "training.on_out_of_memory=stop", "training.max_steps=2")
+    assert set(passes) == {2}
+    with room_for(1), pytest.raises(RunError, match="in forward and backward at step 3"):
+        resume(tmp_path / "run", "training.max_steps=3")
+
+
 @pytest.mark.slow
 def test_ranks_shrink_together(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = {**LARGE, **SGD, "per_device_train_batch_size": 2, "num_train_epochs": 1}
@@ -255,7 +266,7 @@ def test_ranks_shrink_together(tiny_model: Path, rows: Path, tmp_path: Path) -> 
         done = run_short(limits, "train", path, ranks=2)
         assert done.returncode == 0, done.stdout + done.stderr
     decisions = json.loads((tmp_path / "short" / "run.json").read_text())["decisions"]
-    (shrunk,) = (one for one in decisions if one["key"] == "training.passes_per_batch")
+    (shrunk,) = (one for one in decisions if one["key"] == "passes_per_batch")
     assert shrunk["value"] == {"2": 2}
     assert "another rank" in shrunk["why"]  # the first one writes, the second one was short
     assert farthest(weights(tmp_path / "short"), weights(tmp_path / "roomy")) < 1e-6
