@@ -139,10 +139,17 @@ ONE = "model.layers.1.self_attn.v_proj"
 @pytest.mark.parametrize(
     ("where", "form", "dtype"),
     [
-        *[("folding", form, dtype) for form, dtype in (("nf4", "bfloat16"), ("safetensors", "bfloat16"))],
-        *[("writing", "nf4", dtype) for dtype in ("float32", "bfloat16")],
-        *[("writing", "gguf", dtype) for dtype in ("q8_0", "bfloat16", "float16")],
-        *[("writing", "safetensors", "bfloat16"), ("writing", "hub", "float16")],
+        ("folding", "nf4", "bfloat16"),
+        ("writing", "nf4", "bfloat16"),
+        ("writing", "gguf", "q8_0"),
+        *[
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                *[("folding", "safetensors", "bfloat16"), ("writing", "nf4", "float32")],
+                *[("writing", "gguf", "bfloat16"), ("writing", "gguf", "float16")],
+                *[("writing", "safetensors", "bfloat16"), ("writing", "hub", "float16")],
+            )
+        ],
     ],
 )
 def test_the_adapter_of_one_layer_is_missed(
@@ -174,8 +181,13 @@ def test_the_adapter_of_one_layer_is_missed(
     assert_refused(home / "lora", tmp_path, form, dtype, what)
 
 
-@pytest.mark.parametrize("form", ["low_bit", "torchao"])
-@pytest.mark.parametrize("where", ["folding", "writing"])
+@pytest.mark.parametrize(
+    ("where", "form"),
+    [
+        *[("folding", "low_bit"), ("writing", "torchao")],
+        *[pytest.param(*one, marks=pytest.mark.slow) for one in (("folding", "torchao"), ("writing", "low_bit"))],
+    ],
+)
 def test_the_adapter_of_one_layer_of_codes_is_missed(
     form: str, where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
