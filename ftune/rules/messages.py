@@ -87,7 +87,7 @@ MESSAGES = {
     "cache": "Converted models cannot be written to ftune's cache folder; `ftune doctor` shows where it is.",
     "disk-room": "The disk cannot hold the checkpoints and the result of the run.",
     "out-of-memory": "There is no room for the model, or for a step of it, on the GPU or in this machine.",
-    "plan-architecture": "A config.json says no architecture that transformers has, so that no step of it can be followed.",
+    "plan-architecture": "A config.json names no architecture that transformers has: there is no step to follow.",
     "plan-remote-code": "The model brings code of its own, which a plan does not run.",
     "plan-too-large": "The plan of a run says that its largest batch cannot fit; `--force` trains all the same.",
     # exit code 4
