@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from ftune.machine import Gpu, probe
-from ftune.memory.ask import config_of_model
+from ftune.memory.ask import config_of_model, machine_with, plannable
 from ftune.memory.events import Owner, Trace
 from ftune.memory.peak import peak
 from ftune.memory.traced import trace
 from ftune.memory.tracer import kept_tracer
-from ftune.resolve import examine, raise_errors, resolve
+from ftune.resolve import resolve
 
 _GIB, _MIB = 1024**3, 1024**2
 _HALF = {"dtype": "bfloat16"}
@@ -92,10 +91,7 @@ def columns(traced: Trace) -> Counter[str]:
 
 def planned(row: Row) -> dict[str, float]:
     """Return the columns of a row's recipe, at all 32 layers."""
-    gpu = Gpu("A100", 80 * _GIB, (8, 0))
-    machine = probe()
-    packages = {name: version.partition("+")[0] for name, version in machine.packages.items()}
-    machine = dataclasses.replace(machine, gpus=(gpu,), packages=packages)
+    machine, _ = machine_with("a100-80gb")
     values = {
         "model": {"model_name_or_path": "huggyllama/llama-7b", "dtype": "float32", **row.model},
         "data": {"train": "rows.jsonl", "max_length": 512},
@@ -110,9 +106,7 @@ def planned(row: Row) -> dict[str, float]:
             **row.training,
         },
     }
-    loaded, problems = examine(values, (), machine, trains=False)
-    raise_errors([problem for problem in problems if not problem.rule.startswith("data-")])
-    assert loaded is not None
+    loaded, _ = plannable(values, (), machine)
     spec = resolve(loaded, machine, fingerprints=False)
     config = config_of_model(spec.recipe.model)
     few, more = (columns(trace(spec, config, device="cuda", layers=layers)) for layers in (3, 5))

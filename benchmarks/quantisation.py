@@ -78,7 +78,13 @@ def rounded_loss(model: Any, rows: Rows, fit: str, bits: int) -> float:
         quantise(model, names, lambda weight: fit_minmax(weight, bits, _GROUP))
     else:
         quantise_sequentially(
-            model, blocks_of(model), names, rows.calibration(), bits=bits, group_size=_GROUP, say=lambda _: None
+            model,
+            blocks_of(model),
+            names,
+            rows.calibration(model.device),
+            bits=bits,
+            group_size=_GROUP,
+            say=lambda _: None,
         )
     return rows.loss(model)
 
@@ -97,14 +103,14 @@ class Rows:
         assert loaded is not None
         spec = resolve(loaded, probe())
         tokenizer = load_tokenizer(spec.recipe.model, lambda _: None)
-        data = load_rows(spec, tokenizer)
-        self._train, self._eval = data.train, data.eval
+        self._spec, self._data = spec, load_rows(spec, tokenizer)
+        self._eval = self._data.eval
         self._collate = Collator(tokenizer.pad_token_id)
 
-    def calibration(self) -> Any:
-        from ftune.training.loading import single_rows
+    def calibration(self, device: Any) -> Any:
+        from ftune.training.loading import batches_to_look_at
 
-        return single_rows(self._train, self._collate, _CALIBRATION_ROWS)
+        return batches_to_look_at(self._spec, self._data, self._collate, device)(_CALIBRATION_ROWS, rows=1)
 
     @torch.no_grad()
     def loss(self, model: Any) -> float:

@@ -49,7 +49,7 @@ def plan(
         return
     found = ask(recipe, override or (), gpu=gpu)
     if as_json:
-        print(json.dumps({**found.plan.as_json(), "changes": []}, indent=2))
+        print(json.dumps(found.plan.as_json(), indent=2))
     else:
         console.print_problems(found.problems, stream=sys.stderr)
         show(found.spec, found.plan, sys.stdout)

@@ -10,14 +10,14 @@ from typing import Any
 
 from ftune.errors import Problem, RecipeError
 from ftune.machine import Gpu, Machine, probe
-from ftune.memory.catalogue import config_folder
+from ftune.memory.catalogue import folder_of
 from ftune.memory.events import Trace
 from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
 from ftune.memory.micro_batches import of_many_passes
 from ftune.memory.plan import MemoryPlan, planned
 from ftune.memory.traced import trace
 from ftune.memory.tracer import kept_tracer
-from ftune.places import PACKAGE, expanded
+from ftune.places import PACKAGE, expanded, stored_folder
 from ftune.recipe import Loaded
 from ftune.recipe.schema import Model
 from ftune.resolve import RunSpec, examine, raise_errors, resolve
@@ -118,13 +118,13 @@ def _config(model: Model) -> dict[str, Any]:
     from ftune.models.source import config_of, raw_directory
 
     name = model.model_name_or_path
-    on_disk = name.startswith(PACKAGE) or expanded(name).exists()
-    if on_disk and model.gguf_file is not None:
-        return _of_gguf(Path(raw_directory(model)), model.gguf_file)
-    if on_disk:
-        return config_of(Path(raw_directory(model)), name)
-    cached = _cached(name)
-    return config_of(cached if cached is not None else config_folder(name), name)
+    if name.startswith(PACKAGE) or expanded(name).exists():
+        folder = Path(raw_directory(model))
+        return _of_gguf(folder, model.gguf_file) if model.gguf_file is not None else config_of(folder, name)
+    cached = stored_folder(name, Path(), revision=model.revision)
+    if cached is not None and (cached / "config.json").is_file():
+        return config_of(cached, name)
+    return config_of(folder_of(name), name)
 
 
 def _of_gguf(folder: Path, name: str) -> dict[str, Any]:
@@ -145,18 +145,6 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _cached(name: str) -> Path | None:
-    """Return the folder of a hub model's config.json in the cache of huggingface_hub, where it is there."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _require_known(name: str, config: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from ftune.memory.plan import MemoryPlan
 from ftune.memory.search import Candidate, Left, Refused, Room, Search, Tried
 from ftune.memory.tracer import kept_tracer
 from ftune.recipe import Loaded, source, validate
-from ftune.recipe.edits import REMOVED, edited
+from ftune.recipe.edits import REMOVED, edited, value_at
 from ftune.resolve import RunSpec, findings, resolve
 
 
@@ -161,18 +161,12 @@ def _overrides_written(loaded: Loaded) -> Loaded:
     given = sorted(loaded.source.overridden, key=lambda key: key.count("."))
     if not given:
         return loaded
-    values = {key: _at(loaded.source.data, key) for key in given}
-    gguf = "model.gguf_file"
-    if "model.model_name_or_path" in values and gguf not in values and _at(loaded.source.data, gguf) is not None:
+    values = {key: value_at(loaded.source.data, key.split(".")) for key in given}
+    gguf, written = "model.gguf_file", value_at(loaded.source.data, ("model", "gguf_file"))
+    if "model.model_name_or_path" in values and gguf not in values and written is not None:
         values[gguf] = REMOVED  # it belongs to the model that --set replaced
     text = edited(loaded.source.file, loaded.source.text, values)
     return validate(source.parse(loaded.source.file, text))
-
-
-def _at(data: Any, key: str) -> Any:
-    for part in key.split("."):
-        data = data.get(part) if isinstance(data, dict) else None
-    return data
 
 
 def _changes(search: Search, situation: Situation, before: Tried, after: Tried) -> tuple[Change, ...]:
@@ -212,10 +206,7 @@ def _before(situation: Situation, key: str) -> Any:
     section, _, name = key.partition(".")
     if not name:
         return dict(situation.given(section))
-    decided: Any = situation.decided.as_dict()
-    for part in key.split("."):
-        decided = decided.get(part) if isinstance(decided, dict) else None
-    return decided
+    return value_at(situation.decided.as_dict(), key.split("."))
 
 
 def _batch_costs(before: int, after: int) -> str:

@@ -13,9 +13,8 @@ from ftune.machine import Machine
 from ftune.memory.ask import config_of_model, plan_of
 from ftune.memory.gpus import of_this_machine
 from ftune.memory.plan import MemoryPlan
-from ftune.resolve import RunSpec
-from ftune.resolve.huggingface import training_arguments
-from ftune.training.foretold import Forecast, LargestBatches
+from ftune.resolve import RunSpec, with_training
+from ftune.training.foretold import Forecast, LargestBatches, spoken
 from ftune.units import format_bytes
 
 
@@ -25,7 +24,8 @@ def foresee(spec: RunSpec, largest: LargestBatches, *, machine: Machine) -> Fore
     Raises RecipeError and RunError for a model that cannot be traced.
     """
     plan = _plan(spec, largest, machine)
-    return Forecast(plan.allocated_bytes, plan.parts, tuple(_lines(plan)), _refusal(spec, largest, plan, machine))
+    lines = tuple(_lines(plan, on_gpu=bool(machine.gpus)))
+    return Forecast(plan.allocated_bytes, plan.parts, lines, _refusal(spec, largest, plan, machine))
 
 
 def _plan(spec: RunSpec, largest: LargestBatches, machine: Machine) -> MemoryPlan:
@@ -41,23 +41,18 @@ def _plan(spec: RunSpec, largest: LargestBatches, machine: Machine) -> MemoryPla
     )
 
 
-def _lines(plan: MemoryPlan) -> Iterator[str]:
+def _lines(plan: MemoryPlan, *, on_gpu: bool) -> Iterator[str]:
     needed, of = format_bytes(plan.peak_bytes), f"of {_capacity(plan)} that {plan.device} has"
     yield f"plan: {needed} needed {of}; most in {plan.peak_at}"
-    yield f"plan: {_parts(plan)}"
+    yield f"plan: {spoken(plan.parts)}"
     if plan.is_tight:
         yield f"plan: tight; up to {format_bytes(plan.need.high_bytes)} may be taken"
-    if plan.device == "the processor":
+    if not on_gpu:
         yield "plan: of tensors; peak_memory_bytes is the resident memory of the process, with libraries besides"
 
 
 def _capacity(plan: MemoryPlan) -> str:
     return format_bytes(plan.capacity_bytes) if plan.capacity_bytes else "the memory"
-
-
-def _parts(plan: MemoryPlan) -> str:
-    parts = sorted(plan.parts.items(), key=lambda part: -part[1])
-    return ", ".join(f"{part} {format_bytes(size)}" for part, size in parts if size)
 
 
 def _refusal(spec: RunSpec, largest: LargestBatches, plan: MemoryPlan, machine: Machine) -> Problem | None:
@@ -67,7 +62,7 @@ def _refusal(spec: RunSpec, largest: LargestBatches, plan: MemoryPlan, machine: 
     what = f"the largest batch, of {longest}, does not fit: {format_bytes(plan.peak_bytes)} are needed, "
     what += f"and {plan.device} has {_capacity(plan)}"
     fix = f"{_change(spec, largest, plan, machine)}; or try it all the same: --force"
-    return Problem("plan-too-large", what, why=f"at the peak, in {plan.peak_at}: {_parts(plan)}", fix=fix)
+    return Problem("plan-too-large", what, why=f"at the peak, in {plan.peak_at}: {spoken(plan.parts)}", fix=fix)
 
 
 def _change(spec: RunSpec, largest: LargestBatches, plan: MemoryPlan, machine: Machine) -> str:
@@ -98,8 +93,6 @@ def _smaller(spec: RunSpec, largest: LargestBatches) -> Iterator[tuple[str, RunS
         if parts > 1:
             changes["per_device_train_batch_size"] = math.ceil(rows / parts)
             changes["gradient_accumulation_steps"] = training.gradient_accumulation_steps * parts
-        recipe = dataclasses.replace(spec.recipe, training=training.model_copy(update=changes))
-        arguments = training_arguments(recipe, device_type=spec.device_type)
-        smaller = dataclasses.replace(spec, recipe=recipe, training_arguments=arguments)
+        smaller = with_training(spec, **changes)
         said = " with ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
         yield said, smaller, dataclasses.replace(largest, train=largest.train[: math.ceil(len(largest.train) / parts)])

@@ -12,18 +12,17 @@ from collections.abc import Callable
 from ftune import plugin
 from ftune.memory.events import Event, Owner, Trace, Work
 from ftune.memory.peak import Peak, peak
-from ftune.plugin import Gradients
-from ftune.resolve import RunSpec
+from ftune.resolve import RunSpec, with_training
 
 _FEW, _MORE = 2, 3
 
 
 def of_many_passes(spec: RunSpec, trace_of: Callable[[RunSpec], Trace]) -> Trace:
     """Return the trace of a run's step; what it computes is told of all micro-batches, what it holds of three."""
-    passes = spec.recipe.training.gradient_accumulation_steps
-    if passes <= _FEW + _MORE or not _adds_up(spec):
+    passes, chosen = spec.recipe.training.gradient_accumulation_steps, spec.recipe.optimizer
+    if passes <= _FEW + _MORE or not plugin.optimizer(chosen.method).adds_up(chosen.options):
         return trace_of(spec)
-    few, more = trace_of(_with(spec, _FEW)), trace_of(_with(spec, _MORE))
+    few, more = (trace_of(with_training(spec, gradient_accumulation_steps=count)) for count in (_FEW, _MORE))
     events = (*_rows_of(peak(few), peak(more), passes, more.events), *more.events)
     return dataclasses.replace(more, events=events, work=_extended(few.work, more.work, passes))
 
@@ -37,23 +36,6 @@ def _rows_of(few: Peak, more: Peak, passes: int, events: tuple[Event, ...]) -> l
         for number, (owner, size) in enumerate(sizes)
         if size > 0
     ]
-
-
-def _adds_up(spec: RunSpec) -> bool:
-    """Return whether gradients are added up, so that no graph of a micro-batch outlives it."""
-    optimizer = plugin.optimizer(spec.recipe.optimizer.method)
-    if optimizer.gradients is Gradients.FUSED:
-        return getattr(spec.recipe.optimizer.options, "accumulate", None) == "buffer"
-    return optimizer.gradients is Gradients.KEPT
-
-
-def _with(spec: RunSpec, passes: int) -> RunSpec:
-    key = "gradient_accumulation_steps"
-    training = spec.recipe.training.model_copy(update={key: passes})
-    arguments = {**spec.training_arguments, key: passes}
-    return dataclasses.replace(
-        spec, recipe=dataclasses.replace(spec.recipe, training=training), training_arguments=arguments
-    )
 
 
 def _extended(few: tuple[Work, ...], more: tuple[Work, ...], passes: int) -> tuple[Work, ...]:

@@ -19,7 +19,7 @@ from ftune.memory.replay import replay
 from ftune.memory.step_time import step_time
 from ftune.recipe.schema import Training
 from ftune.resolve import RunSpec
-from ftune.training.checkpoint import most_at_once, planned_saves, room_needed
+from ftune.training.checkpoint import planned_saves, room_needed
 
 _PARTS: Mapping[Owner, str] = {
     Owner.WEIGHT: "weights",
@@ -56,6 +56,8 @@ class MemoryPlan:
     """Of the largest batch that the recipe allows, all its micro-batches together."""
     seconds_per_step: float | None
     """None where the device's speed is not known."""
+    assumed: str = ""
+    """What a name that fits several GPUs was taken for."""
 
     @property
     def live_bytes(self) -> int:
@@ -92,6 +94,7 @@ class MemoryPlan:
             "peak_at": self.peak_at,
             "phases": dict(self.phases),
             "device": self.device,
+            "assumed": self.assumed,
             "capacity_bytes": self.capacity_bytes,
             "fits": self.fits,
             "tight": self.is_tight,
@@ -177,6 +180,7 @@ def planned(
         disk_bytes=_on_disk(recipe.training, round(beyond.checkpoint), round(beyond.result)),
         tokens_per_step=rows * recipe.data.max_length,
         seconds_per_step=beyond.seconds or None,
+        assumed=gpu.assumed if gpu is not None else "",
     )
 
 
@@ -191,7 +195,7 @@ def _beyond(traces: Mapping[int | None, Trace], layers: int, of: Callable[[Trace
 def _on_disk(training: Training, checkpoint_bytes: int, model_bytes: int) -> int:
     """Return what a run leaves; where its length depends on the rows, one that is long enough for every checkpoint."""
     keep = training.save_total_limit
-    saves = most_at_once(keep, 1 if keep is None else keep + 2)
+    saves = 1 if keep is None else keep + 2
     if training.max_steps > 0 or training.save_strategy != "steps":
         saves = planned_saves(training, training.max_steps)
     return room_needed(checkpoint_bytes=checkpoint_bytes, model_bytes=model_bytes, keep=keep, saves=saves)

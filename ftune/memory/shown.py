@@ -46,7 +46,8 @@ def _heading(spec: RunSpec, plan: MemoryPlan) -> str:
 
 
 def _lines(plan: MemoryPlan) -> list[str]:
-    lines = [f"the peak is in {plan.peak_at}"]
+    lines = [plan.assumed] if plan.assumed else []
+    lines.append(f"the peak is in {plan.peak_at}")
     if plan.host_bytes:
         lines.append(f"the host keeps {format_bytes(plan.host_bytes)} beside the process")
     if plan.need.high_bytes > plan.peak_bytes:

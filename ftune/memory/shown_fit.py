@@ -27,6 +27,8 @@ def show_fit(found: Fit, stream: TextIO) -> None:
     plan = found.after.plan
     has = f"; {plan.device} has {format_bytes(plan.capacity_bytes)}" if plan.capacity_bytes else ""
     console.print(f"recipes with the same batch of {_batch(found)} rows a step{has}")
+    if plan.assumed:
+        console.print(plan.assumed)
     table = Table(box=box.ASCII2 if not console.is_terminal else box.SIMPLE_HEAD)
     sides = {
         "changes": "left",

@@ -14,8 +14,10 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ftune.data.collate import Collator
 from ftune.losses import IGNORED
+from ftune.memory.skeleton import is_flash
 from ftune.memory.tracked import EVALUATION, FORWARD, OPTIMIZER, Tracked
 from ftune.models.quiet import quiet
+from ftune.recipe.schema import Recipe
 from ftune.resolve import RunSpec
 from ftune.training.settings import settings_of
 from ftune.training.trainer import FtuneTrainer, Parts
@@ -71,6 +73,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._tracked.stop()
 
 
+def masks_documents(recipe: Recipe) -> bool:
+    """Return whether rows of several documents need a mask that keeps them apart: the flash-attn package needs none."""
+    return recipe.data.packing and not is_flash(recipe)
+
+
 def worst_lengths(spec: RunSpec) -> tuple[int, ...]:
     """Return the lengths of the rows of the largest micro-batch that a recipe allows."""
     recipe = spec.recipe
@@ -83,7 +90,7 @@ def evaluated_rows(spec: RunSpec, lengths: Sequence[int] = ()) -> Rows | None:
     if recipe.training.eval_strategy == "no" and recipe.data.eval is None:
         return None
     largest = (recipe.data.max_length,) * recipe.training.per_device_eval_batch_size
-    return Rows(lengths or largest, packed=recipe.data.packing, endless=False)
+    return Rows(lengths or largest, packed=masks_documents(recipe), endless=False)
 
 
 def steps(
@@ -122,7 +129,7 @@ def steps(
             dataloader_pin_memory=False,
             dataloader_prefetch_factor=None,
         )
-        collator = Collator(0, flatten=recipe.model.attn_implementation.startswith("flash"))
+        collator = Collator(0, flatten=is_flash(recipe))
         with quiet():
             trainer = FtuneTrainer(Parts(recipe, model, None, rows, eval_rows, collator, settings), [])
             trainer.args.fp16 = bool(training.fp16)  # what our own optimizers ask, once nobody else does

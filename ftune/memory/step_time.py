@@ -101,20 +101,3 @@ def step_time(works: Iterable[Work], gpu: GpuFacts, *, tf32: bool = False) -> St
         starting[work.phase] = starting.get(work.phase, 0.0) + work.count * START_SECONDS
     by_phase = {phase: max(busy[phase], starting[phase]) for phase in busy}
     return StepTime(by_phase, sum(by_phase.values()) - sum(busy.values()))
-
-
-@dataclass(frozen=True)
-class RunTime:
-    """What a whole run takes."""
-
-    seconds_per_step: float
-    tokens_per_second: float
-    """Of all GPUs together, padding included."""
-    seconds: float
-    gpu_hours: float
-
-
-def run_time(step: StepTime, *, tokens_per_step: int, steps: int, gpus: int = 1) -> RunTime:
-    """Return what a run takes; `tokens_per_step` are those of all GPUs. What GPUs send each other is left out."""
-    seconds = step.seconds
-    return RunTime(seconds, tokens_per_step / seconds, seconds * steps, seconds * steps * gpus / 3600)

@@ -96,8 +96,8 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     from ftune.memory.bits import paged_on_host
     from ftune.memory.cuda import as_on_cuda
     from ftune.memory.numberless import fake_mode, numberless
-    from ftune.memory.skeleton import config_from, is_flash, skeleton
-    from ftune.memory.step import Follow, Rows, evaluated_rows, steps, worst_lengths
+    from ftune.memory.skeleton import config_from, skeleton
+    from ftune.memory.step import Follow, Rows, evaluated_rows, masks_documents, steps, worst_lengths
     from ftune.memory.tracked import IN_PYTHON, IN_PYTHON_ON_CUDA, Tracked
     from ftune.memory.turns import COUNTED, Turn
 
@@ -123,9 +123,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
             if plugin.optimizer(spec.recipe.optimizer.method).pages_state:
                 stack.enter_context(paged_on_host(tracked))
         stack.enter_context(tracked)
-        # The flash-attn package needs no mask to keep documents apart.
-        packed = spec.recipe.data.packing and not is_flash(spec.recipe)
-        rows = Rows(lengths, packed=packed, learned=asked.learned)
+        rows = Rows(lengths, packed=masks_documents(spec.recipe), learned=asked.learned)
         if turn is not None:
             callbacks.append(takes_turns)
         checkpoint, result = steps(spec, model, rows, callbacks, count=counted, eval_rows=evaluated)

@@ -26,8 +26,8 @@ class Works:
         made: Any,
         written: list[torch.Tensor],
     ) -> None:
-        """Count one operator; views, memory without contents and questions to a tensor start nothing on a device."""
-        if _is_view(operation) or operation.namespace == "prim" or "empty" in operation.name():
+        """Count one operator; views and memory without contents start nothing on a device."""
+        if _is_view(operation) or "empty" in operation.name():
             return
         dtype = next((value.dtype for value in (*read, *written) if value.is_floating_point()), torch.int64)
         counted = flop_registry.get(operation._overloadpacket)

@@ -108,6 +108,11 @@ class Optimizer(Plugin):
         """Return whether the gradients of several micro-batches can become one step."""
         return self.gradients is not Gradients.FUSED or getattr(options, "accumulate", None) is not None
 
+    def adds_up(self, options: Any) -> bool:
+        """Return whether gradients of micro-batches are added up, so that no micro-batch's graph outlives it."""
+        kept = self.gradients is Gradients.KEPT
+        return kept or (self.gradients is Gradients.FUSED and getattr(options, "accumulate", None) == "buffer")
+
     @abstractmethod
     def build(
         self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting

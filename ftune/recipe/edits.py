@@ -7,7 +7,7 @@ meant, so that a text which cannot be edited this way (aliases, several keys mer
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -32,7 +32,7 @@ def edited(file: str, text: str, values: Values) -> str:
     for key, value in values.items():
         path = tuple(key.split("."))
         before = source.parse(file, text).data
-        for where, what in _leaves(_at(before, path), path, value):
+        for where, what in _leaves(value_at(before, path), path, value):
             text = _with(text, where, what)
         meant = _put(copy.deepcopy(before), path, value)
         try:
@@ -51,7 +51,8 @@ def flow(value: Any) -> str:
     return mapping.on_one_line(value)
 
 
-def _at(data: Any, path: tuple[str, ...]) -> Any:
+def value_at(data: Any, path: Iterable[str]) -> Any:
+    """Return what lies at a path of keys; None where nothing does."""
     for part in path:
         data = data.get(part) if isinstance(data, dict) else None
     return data

@@ -19,7 +19,17 @@ from ftune.resolve.huggingface import training_arguments
 from ftune.resolve.spec import Decision, RunSpec
 from ftune.rules import check, is_machine_rule, newly_broken
 
-__all__ = ["Decision", "RunSpec", "check_later", "data_files", "examine", "findings", "raise_errors", "resolve"]
+__all__ = [
+    "Decision",
+    "RunSpec",
+    "check_later",
+    "data_files",
+    "examine",
+    "findings",
+    "raise_errors",
+    "resolve",
+    "with_training",
+]
 
 _SEVERITIES = ("error", "warning", "note")
 _PACKAGES = (
@@ -107,3 +117,10 @@ def resolve(loaded: Loaded, machine: Machine, *, fingerprints: bool = True) -> R
         device_type=machine.device_type,
         ftune_version=__version__,
     )
+
+
+def with_training(spec: RunSpec, **changes: Any) -> RunSpec:
+    """Return a spec with other values in its training section, and in Hugging Face's spelling of it."""
+    recipe = replace(spec.recipe, training=spec.recipe.training.model_copy(update=changes))
+    arguments = training_arguments(recipe, device_type=spec.device_type)
+    return replace(spec, recipe=recipe, training_arguments=arguments)

@@ -12,10 +12,9 @@ from ftune import plugin, rundir
 from ftune.errors import FtuneError, Interrupted, Problem, RunError
 from ftune.resolve import RunSpec
 from ftune.training import checkpoint
-from ftune.training.foretold import Forecast
+from ftune.training.foretold import Forecast, spoken
 from ftune.training.passes import lengths_of, ran_out_of_memory
 from ftune.training.shrinking import EVALUATING, MOVING, PASSES, Doing, ShrinkingTrainer
-from ftune.units import format_bytes
 
 
 @dataclass
@@ -67,9 +66,7 @@ def out_of_memory(error: BaseException, spec: RunSpec, course: Course) -> Proble
         rows = f"rows of {', '.join(map(str, lengths))} tokens" if len(lengths) > 1 else f"a row of {lengths[0]} tokens"
         why.append(rows + (f", in {doing.passes} passes" if doing.passes > 1 else ""))
     if course.forecast is not None:
-        parts = sorted(course.forecast.parts.items(), key=lambda part: -part[1])
-        said = ", ".join(f"{part} {format_bytes(size)}" for part, size in parts if size)
-        why.append(f"the plan has at the peak {said}")
+        why.append(f"the plan has at the peak {spoken(course.forecast.parts)}")
     why.append((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
     fix = "; or ".join(_ways(spec, doing)) or "a smaller model, or a device with more memory"
     return Problem("out-of-memory", f"{device} has no memory left{when}", why="; ".join(why), fix=fix)

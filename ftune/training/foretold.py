@@ -16,6 +16,7 @@ from ftune.errors import FtuneError, MachineError, Problem
 from ftune.resolve import RunSpec
 from ftune.training.passes import passes_of
 from ftune.training.progress import Progress
+from ftune.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Forecast:
     """What is said of it."""
     refusal: Problem | None
     """Where it cannot fit."""
+
+
+def spoken(parts: Mapping[str, int]) -> str:
+    """Return the parts of a peak in words, the largest first."""
+    by_size = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{part} {format_bytes(size)}" for part, size in by_size if size)
 
 
 Foresee = Callable[[RunSpec, LargestBatches], Forecast]

@@ -43,8 +43,7 @@ def load_base(spec: RunSpec, shown: progress.Progress) -> tuple[RunSpec, Any]:
     if (problem := files.quantised_base(folder, held, recipe.tuning.method)) is not None:
         raise RecipeError(problem)
     if (adapter := getattr(recipe.tuning.options, "adapter", None)) is not None:
-        base = Path(source_directory(recipe.model, shown.say))
-        fingerprint.check(Path(adapter), base, recipe.model.model_name_or_path)
+        fingerprint.check(Path(adapter), folder, recipe.model.model_name_or_path)
     load = functools.partial(load_model, device_type=spec.device_type, say=shown.say, quantization=bits)
     try:
         return spec, load(recipe.model)

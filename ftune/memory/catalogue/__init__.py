@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 from ftune.errors import Problem, RecipeError
-from ftune.places import PACKAGE, expanded, package_folder
 
 _HERE = Path(__file__).parent
 
@@ -49,14 +48,8 @@ def find(name: str) -> KnownModel | None:
     return found[0] if len(found) == 1 else None
 
 
-def config_folder(name: str) -> Path:
-    """Return the directory whose config.json describes a model: one on this disk, in a package, or of the catalogue.
-
-    Raises RecipeError where there is neither.
-    """
-    path = package_folder(name) if name.startswith(PACKAGE) else expanded(name)
-    if path is not None and (path / "config.json").is_file():
-        return path
+def folder_of(name: str) -> Path:
+    """Return the directory whose config.json describes a model of the catalogue; raises RecipeError for any other."""
     model = find(name)
     if model is not None:
         return model.folder
