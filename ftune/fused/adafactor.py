@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +14,13 @@ Stretch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Some rows of a matrix of weights, of its gradient, and what is known of these rows and of all columns."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One rank's rows of matrices, and part of vectors, that several ranks share."""
-
-    ranks: int
-    """Which have equal parts."""
-    add_up: Callable[[torch.Tensor], torch.Tensor]
-    """Return the sum of a tensor over the ranks."""
+AddUp = Callable[[torch.Tensor], torch.Tensor]
+"""Returns the sum of a tensor over the ranks that share a weight."""
 
 
-_WHOLE = Shard(1, lambda tensor: tensor)
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum over one rank."""
+    return tensor
 
 
 class AdafactorRule(Rule):
@@ -34,7 +29,8 @@ class AdafactorRule(Rule):
     beta2 = 1 - step ** decay_rate; u = gradient / sqrt(row * column / mean(row)); u is divided by max(1, RMS(u) /
     clip_threshold); with `scale_parameter` the rate is multiplied by max(eps[1], RMS(weight)). Computed in float32, a
     stretch of rows at a time. The size of u is that of a product of the squared gradient with both factors, so that u
-    itself is made once, while it is used. With a `shard` each rank has some of the rows.
+    itself is made once, while it is used. Of a weight that ranks share each has some of the first dimension: `add_up`
+    makes their sums one, three small ones for a tensor.
     """
 
     def __init__(
@@ -44,10 +40,10 @@ class AdafactorRule(Rule):
         clip_threshold: float,
         decay_rate: float,
         scale_parameter: bool,
-        shard: Shard = _WHOLE,
+        add_up: AddUp = alone,
     ) -> None:
         self.eps, self.clip_threshold, self.decay_rate = eps, clip_threshold, decay_rate
-        self.scale_parameter, self.shard = scale_parameter, shard
+        self.scale_parameter, self.add_up = scale_parameter, add_up
 
     def fresh(self, weight: torch.Tensor) -> dict[str, Any]:
         def zeros(*shape: int) -> torch.Tensor:
@@ -65,6 +61,7 @@ class AdafactorRule(Rule):
         state: dict[str, Any],
         group: dict[str, Any],
         rounding: Rounding,
+        shape: torch.Size,
     ) -> None:
         state["step"] += 1
         # 1 - beta2: at the first step 1, so that no bias is to be corrected.
@@ -72,20 +69,20 @@ class AdafactorRule(Rule):
         rate: Any = group["lr"]
         if self.scale_parameter:
             squares = torch.linalg.vector_norm(weight, dtype=torch.float32).square()
-            rate = rate * self._root_mean_square(squares, weight).clamp_(min=self.eps[1])
+            rate = rate * self._root_mean_square(squares, shape).clamp_(min=self.eps[1])
         kept = 1 - rate * group["weight_decay"] if group["weight_decay"] else None
         if weight.dim() < 2:
             square = gradient.float().square()
             whole = state["exp_avg_sq"].lerp_(square + self.eps[0], new).reciprocal()
-            step = rate / self._overshoot((square * whole).sum(), weight)
+            step = rate / self._overshoot((square * whole).sum(), shape)
             _move(weight, gradient.float() * step, whole.sqrt_(), kept, rounding)
             return
         # A small matrix is squared once, of a large one a stretch for each use.
         once = gradient.float().square() if gradient.dim() == 2 and gradient.numel() <= SLICE else None
-        rows, columns = self._shares(gradient, once, state["exp_avg_sq_row"], state["exp_avg_sq_col"], new)
+        rows, columns = self._shares(gradient, once, state["exp_avg_sq_row"], state["exp_avg_sq_col"], new, shape)
         stretches = list(_stretches(weight, gradient, rows, columns))
-        squares = rows @ once @ columns if once is not None else _sum_of_squares(stretches)
-        step = rate / self._overshoot(squares, weight)
+        squares = rows @ once @ columns if once is not None else _sum_of_squares(stretches, columns.new_zeros(()))
+        step = rate / self._overshoot(squares, shape)
         columns.sqrt_()
         for part, slope, row, column in stretches:
             scale = (row.sqrt() * step).unsqueeze(-1)
@@ -93,7 +90,13 @@ class AdafactorRule(Rule):
             _move(part, scaled, column, kept, rounding)
 
     def _shares(
-        self, gradient: torch.Tensor, once: torch.Tensor | None, row: torch.Tensor, column: torch.Tensor, new: float
+        self,
+        gradient: torch.Tensor,
+        once: torch.Tensor | None,
+        row: torch.Tensor,
+        column: torch.Tensor,
+        new: float,
+        shape: torch.Size,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Let the means follow a gradient (..., m, n); return what its squares are multiplied by to be those of u.
 
@@ -109,19 +112,20 @@ class AdafactorRule(Rule):
                     square = matrix[stretch].float().square()
                     torch.mean(square, dim=-1, out=mean[stretch])
                     total.add_(square.sum(dim=-2))
-        height = row.shape[-1] * self.shard.ranks
+        # Of a stack of matrices each rank has whole ones.
+        height, add_up = shape[-2], self.add_up if len(shape) == 2 else alone
         row.lerp_(of_rows.add_(self.eps[0]), new)
-        column.lerp_(self.shard.add_up(of_columns).div_(height).add_(self.eps[0]), new)
-        of_all = self.shard.add_up(row.sum(dim=-1, keepdim=True)).div_(height)
+        column.lerp_(add_up(of_columns).div_(height).add_(self.eps[0]), new)
+        of_all = add_up(row.sum(dim=-1, keepdim=True)).div_(height)
         # A row that never had a gradient has a mean of eps, beside which a large one elsewhere would be infinite.
         return (of_all / row).clamp_(max=1e30), column.reciprocal()
 
-    def _overshoot(self, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _overshoot(self, squares: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return how many times as large as allowed an update is, at least 1; `squares` is the sum of its squares."""
-        return (self._root_mean_square(squares, weight) / self.clip_threshold).clamp_(min=1.0)
+        return (self._root_mean_square(squares, shape) / self.clip_threshold).clamp_(min=1.0)
 
-    def _root_mean_square(self, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return (self.shard.add_up(squares) / (max(1, weight.numel()) * self.shard.ranks)).sqrt()
+    def _root_mean_square(self, squares: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return (self.add_up(squares) / max(1, shape.numel())).sqrt()
 
 
 def _move(
@@ -154,6 +158,6 @@ def _stretches(
             yield part[stretch], slope[stretch], row[stretch], column
 
 
-def _sum_of_squares(stretches: list[Stretch]) -> torch.Tensor:
-    """Return the sum of the squares of u, which is not made."""
-    return torch.stack([row @ slope.float().square() @ column for _, slope, row, column in stretches]).sum()
+def _sum_of_squares(stretches: list[Stretch], none: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squares of u, which is not made; a rank may have no matrix of a stack."""
+    return torch.stack([none, *(row @ slope.float().square() @ column for _, slope, row, column in stretches)]).sum()

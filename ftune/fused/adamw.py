@@ -30,6 +30,7 @@ class AdamWRule(Rule):
         state: dict[str, Any],
         group: dict[str, Any],
         rounding: Rounding,
+        shape: torch.Size,
     ) -> None:
         state["step"] += 1
         first, second = self.betas

@@ -35,11 +35,12 @@ class BesideAdapter(Rule):
         state: dict[str, Any],
         group: dict[str, Any],
         rounding: Rounding,
+        shape: torch.Size,
     ) -> None:
         rule = self.adamw if group.get("adapter", False) else self.rule
         if not state:
             state.update(rule.fresh(weight))
-        rule.update(weight, gradient, state, group, rounding)
+        rule.update(weight, gradient, state, group, rounding, shape)
 
 
 def beside_adapter(groups: Groups, rule: Rule, options: AdapterRate) -> tuple[Groups, Rule]:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import distributed
 
+from ftune.fused.adafactor import AddUp
 from ftune.fused.gathered import Gathered, Place
 from ftune.fused.interleave import interleave
-from ftune.fused.kept import RuleOptimizer
+from ftune.fused.kept import RuleOptimizer, local
 from ftune.fused.rounding import Kind
 from ftune.fused.rule import Rule
 from ftune.options import FusedOptions
@@ -58,8 +59,11 @@ class FusedBackward(RuleOptimizer):
         scales_loss: bool = False,
         accumulate: Accumulate = None,
         buffer: Place = "bfloat16",
+        add_up: AddUp | None = None,
     ) -> None:
         super().__init__(groups, rule, learning_rate=learning_rate, seed=seed, rounding=rounding)
+        self.add_up = add_up
+        """Returns the sum over ranks of which each has its rows of every weight; None where ranks have whole weights."""
         self.max_grad_norm, self.clip_value, self.clip_each_norm = max_grad_norm, clip_value, clip_each_norm
         self.accumulate = accumulate
         self.scale = _SCALE_AT_FIRST if scales_loss else None
@@ -159,7 +163,7 @@ class FusedBackward(RuleOptimizer):
         def hook(weight: torch.Tensor) -> None:
             if self._mode is _Mode.OFF or weight.grad is None:
                 return
-            gradient, weight.grad = weight.grad, None
+            gradient, weight.grad = local(weight.grad), None
             if self._mode is _Mode.GATHER:
                 self._gathered.add(weight, gradient, step=self.steps, index=index)
             else:
@@ -170,12 +174,14 @@ class FusedBackward(RuleOptimizer):
     def _use(
         self, mode: _Mode, index: int, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
     ) -> None:
-        if distributed.is_initialized() and (ranks := distributed.get_world_size()) > 1:
+        if self.add_up is None and distributed.is_initialized() and (ranks := distributed.get_world_size()) > 1:
             # Summed, then divided: gloo knows no mean. Every rank gets the same bits, so replicas stay equal.
             distributed.all_reduce(gradient)
             gradient.div_(ranks)
         if index not in self._norms:
             self._norms[index] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            if self.add_up is not None and self.clip_each_norm is not None:
+                self._norms[index] = self.add_up(self._norms[index].square()).sqrt()
         if mode is _Mode.UPDATE:
             self.move(index, weight, self._clipped(gradient, self._norms[index]), group)
 
@@ -197,7 +203,10 @@ class FusedBackward(RuleOptimizer):
             return torch.zeros(())
         # In the order of the weights, as clip_grad_norm_ adds them up, and not in that of backward.
         norms = [norm for _, norm in sorted(self._norms.items())]
-        norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+        stacked = torch.stack([each.to(norms[0].device) for each in norms])
+        if self.add_up is not None and self.clip_each_norm is None:
+            stacked = self.add_up(stacked.square()).sqrt()  # each is of this rank's rows
+        norm = torch.linalg.vector_norm(stacked)
         return norm if self.scale is None else norm / self.scale
 
     def _clip_factor(self) -> torch.Tensor:
@@ -229,7 +238,8 @@ def fused(
         groups,
         rule,
         learning_rate=learning_rate,
-        seed=setting.seed,
+        # Ranks that round other rows of a weight than each other draw other numbers for them.
+        seed=setting.seed if setting.add_up is None else setting.seed * 1009 + setting.rank,
         rounding=options.rounding,
         max_grad_norm=setting.max_grad_norm,
         clip_value=options.clip_grad_value,
@@ -237,4 +247,5 @@ def fused(
         scales_loss=setting.scales_loss,
         accumulate=options.accumulate,
         buffer=options.buffer,
+        add_up=setting.add_up,
     )

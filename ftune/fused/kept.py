@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ftune.fused.rounding import Kind, Rounding
 from ftune.fused.rule import Rule
@@ -33,7 +34,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for index, (weight, group) in enumerate(self.weights()):
             if weight.grad is not None:
-                self.move(index, weight, weight.grad, group)
+                self.move(index, weight, local(weight.grad), group)
         self.steps += 1
         return loss
 
@@ -42,11 +43,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         return [(weight, group) for group in self.param_groups for weight in group["params"]]
 
     def move(self, index: int, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        """Move one weight."""
+        """Move one weight, or this rank's rows of it, by a gradient of the same shape."""
+        part = local(weight.data)
         if weight not in self.state:
-            self.state[weight] = self.rule.fresh(weight)
+            self.state[weight] = self.rule.fresh(part)
         self.rounding.begin(self.steps, index)
-        self.rule.update(weight.data, gradient, self.state[weight], group, self.rounding)
+        self.rule.update(part, gradient, self.state[weight], group, self.rounding, weight.shape)
 
     def own_state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the state of each weight."""
@@ -62,6 +64,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.load_own_state(state_dict["own"])
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "own"})
         keep_state_dtypes(self, state_dict)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's rows of a tensor that is split over ranks, sharing their memory; else the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def keep_state_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -29,8 +29,12 @@ class Rule(ABC):
         state: dict[str, Any],
         group: dict[str, Any],
         rounding: Rounding,
+        shape: torch.Size,
     ) -> None:
-        """Move a weight by its gradient, which may be overwritten; `group` has `lr` and `weight_decay`."""
+        """Move a weight by its gradient, which may be overwritten; `group` has `lr` and `weight_decay`.
+
+        `shape` is that of the whole tensor, of which several ranks may each have some of the first dimension.
+        """
 
 
 def slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -48,6 +52,6 @@ def slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 def row_slices(weight: torch.Tensor) -> Iterator[slice]:
     """Yield stretches of a tensor's first dimension of about `SLICE` elements each."""
-    rows = max(1, SLICE // max(1, weight[0].numel()))
+    rows = max(1, SLICE // max(1, weight.shape[1:].numel()))
     for start in range(0, len(weight), rows):
         yield slice(start, start + rows)

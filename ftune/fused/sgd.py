@@ -23,6 +23,7 @@ class SGDRule(Rule):
         state: dict[str, Any],
         group: dict[str, Any],
         rounding: Rounding,
+        shape: torch.Size,
     ) -> None:
         rate, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
         if weight.dtype == torch.float32:

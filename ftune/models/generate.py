@@ -21,8 +21,13 @@ LOWEST_TEMPERATURE = 1e-4
 """Below it the likeliest token is taken: it always wins, and dividing by less would overflow."""
 
 
-def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[str]:
-    """Return what the model says to each prompt; autocast, if any, is the caller's."""
+def generate_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 64, *, together: bool = False
+) -> list[str]:
+    """Return what the model says to each prompt; autocast, if any, is the caller's.
+
+    `together`: ranks that share the weights all ask, and none ends before the others.
+    """
     answers = []
     with answering(model):
         for prompt in prompts:
@@ -31,6 +36,7 @@ def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=most,
+                synced_gpus=together,
                 **settings(model, tokenizer),
             )
             answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())

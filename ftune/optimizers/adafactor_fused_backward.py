@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import FactoredOptions, Flag, FusedOptions
-from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
+from ftune.plugin import Gradients, Optimizer, Setting, Sharding, TrainedTensor
 
 
 class AdafactorFusedOptions(FactoredOptions, FusedOptions):
@@ -18,6 +18,8 @@ class AdafactorFusedOptions(FactoredOptions, FusedOptions):
 class AdafactorFused(Optimizer):
     name = "adafactor_fused_backward"
     summary = "Adafactor inside backward: its quality, and each gradient is freed as soon as it is used."
+    sharding = Sharding.SUMS
+    whole_state = frozenset({"exp_avg_sq_col"})
     computes = "adafactor"
     gradients = Gradients.FUSED
     state_bytes_per_parameter = 0.0
@@ -33,7 +35,7 @@ class AdafactorFused(Optimizer):
         return float(options.statistics_bytes(tensor.shape))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
-        from ftune.fused.adafactor import AdafactorRule
+        from ftune.fused.adafactor import AdafactorRule, alone
         from ftune.fused.engine import fused
 
         rule = AdafactorRule(
@@ -41,6 +43,7 @@ class AdafactorFused(Optimizer):
             clip_threshold=options.clip_threshold,
             decay_rate=options.decay_rate,
             scale_parameter=options.scale_parameter,
+            add_up=setting.add_up or alone,
         )
         return fused(groups, rule, learning_rate, options, setting)
 

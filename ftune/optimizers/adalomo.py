@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import AdapterRate, FactoredOptions, FusedOptions
-from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
+from ftune.plugin import Gradients, Optimizer, Setting, Sharding, TrainedTensor
 
 
 class AdaLomoOptions(FactoredOptions, FusedOptions, AdapterRate):
@@ -15,6 +15,8 @@ class AdaLomoOptions(FactoredOptions, FusedOptions, AdapterRate):
 class AdaLomo(Optimizer):
     name = "adalomo"
     summary = "LOMO with a step for each element: one row and one column of statistics per matrix."
+    sharding = Sharding.SUMS
+    whole_state = frozenset({"exp_avg_sq_col"})
     gradients = Gradients.FUSED
     state_bytes_per_parameter = 0.0
     state_bytes_note = "4 bytes per row and per column of a matrix, 4 per element of a vector"
@@ -31,7 +33,7 @@ class AdaLomo(Optimizer):
         return float(options.statistics_bytes(tensor.shape))
 
     def build(self, groups: list[dict[str, Any]], *, learning_rate: float, options: Any, setting: Setting) -> Any:
-        from ftune.fused.adafactor import AdafactorRule
+        from ftune.fused.adafactor import AdafactorRule, alone
         from ftune.fused.beside import beside_adapter
         from ftune.fused.engine import fused
 
@@ -40,6 +42,7 @@ class AdaLomo(Optimizer):
             clip_threshold=options.clip_threshold,
             decay_rate=options.decay_rate,
             scale_parameter=True,
+            add_up=setting.add_up or alone,
         )
         groups, moving = beside_adapter(groups, rule, options)
         return fused(groups, moving, learning_rate, options, setting)

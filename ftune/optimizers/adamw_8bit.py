@@ -6,12 +6,14 @@ from typing import Any
 
 from ftune.embeddings import embedding_weights, keep_in_32_bits
 from ftune.options import Adam8bitOptions
-from ftune.plugin import Optimizer, Setting, TrainedTensor
+from ftune.plugin import Optimizer, Setting, Sharding, TrainedTensor
 
 
 class AdamW8bit(Optimizer):
     name = "adamw_8bit"
     summary = "AdamW whose two running means take one byte each; 75 % less optimizer memory."
+    sharding = Sharding.ROWS
+    state_follows_rows = False
     state_bytes_per_parameter = 2.03125
     state_bytes_note = (
         "two bytes and 2 x 4 / 256 of block scales; 8 bytes for embeddings and for tensors below min_8bit_size"

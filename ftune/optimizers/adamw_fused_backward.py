@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import Fraction, FusedOptions, NotNegative
-from ftune.plugin import Gradients, Optimizer, Setting
+from ftune.plugin import Gradients, Optimizer, Setting, Sharding
 
 
 class AdamWFusedBackwardOptions(FusedOptions):
@@ -20,6 +20,7 @@ class AdamWFusedBackwardOptions(FusedOptions):
 class AdamWFusedBackward(Optimizer):
     name = "adamw_fused_backward"
     summary = "AdamW inside backward: each gradient is freed as soon as it is used; states stay float32."
+    sharding = Sharding.ROWS
     computes = "adamw"
     gradients = Gradients.FUSED
     state_bytes_per_parameter = 8.0

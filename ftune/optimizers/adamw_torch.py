@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import AdamOptions
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, Sharding
 
 
 class AdamW(Optimizer):
     name = "adamw_torch"
     summary = "Two float32 running means per weight; the reference every other optimizer is compared with."
+    sharding = Sharding.ROWS
     computes = "adamw"
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import AdamOptions
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, Sharding
 
 
 class AdamWFused(Optimizer):
     name = "adamw_torch_fused"
     summary = "AdamW with its whole update in one kernel, on CPU and GPU."
+    sharding = Sharding.ROWS
     computes = "adamw"
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16: states take the weights' dtype"

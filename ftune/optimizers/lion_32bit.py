@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import Fraction, Options
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, Sharding
 
 
 class LionOptions(Options):
@@ -18,6 +18,7 @@ class LionOptions(Options):
 class Lion32bit(Optimizer):
     name = "lion_32bit"
     summary = "The sign of a momentum: one float32 state per weight, half of AdamW's."
+    sharding = Sharding.ROWS
     state_bytes_per_parameter = 4.0
     state_bytes_note = "float32 whatever the weights are"
     default_learning_rate = 1e-5

@@ -6,12 +6,14 @@ from typing import Any
 
 from ftune.embeddings import embedding_weights, keep_in_32_bits
 from ftune.options import Lion8bitOptions
-from ftune.plugin import Optimizer, Setting, TrainedTensor
+from ftune.plugin import Optimizer, Setting, Sharding, TrainedTensor
 
 
 class Lion8bit(Optimizer):
     name = "lion_8bit"
     summary = "The sign of a momentum: one 8-bit state per weight."
+    sharding = Sharding.ROWS
+    state_follows_rows = False
     state_bytes_per_parameter = 1.015625
     state_bytes_note = (
         "one byte and 4 / 256 of block scales; 4 bytes for embeddings and for tensors below min_8bit_size"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import AdapterRate, FusedOptions
-from ftune.plugin import Gradients, Optimizer, Setting, TrainedTensor
+from ftune.plugin import Gradients, Optimizer, Setting, Sharding, TrainedTensor
 
 
 class LOMOOptions(FusedOptions, AdapterRate):
@@ -15,6 +15,7 @@ class LOMOOptions(FusedOptions, AdapterRate):
 class LOMO(Optimizer):
     name = "lomo"
     summary = "Gradient descent inside backward: no state, and each gradient is freed as soon as it is used."
+    sharding = Sharding.ROWS
     gradients = Gradients.FUSED
     state_bytes_per_parameter = 0.0
     default_learning_rate = 1e-2

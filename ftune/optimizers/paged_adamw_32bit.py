@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ftune.options import AdamOptions
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, Sharding
 
 
 class PagedAdamW32bit(Optimizer):
     name = "paged_adamw_32bit"
     summary = "AdamW with states in unified memory: peaks spill to the host instead of failing; QLoRA's choice."
+    sharding = Sharding.ROWS
     pages_state = True
     state_bytes_per_parameter = 8.0
     state_bytes_note = "float32 whatever the weights are; tensors below 100 000 elements are not paged"

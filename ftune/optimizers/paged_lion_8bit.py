@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 from ftune.embeddings import embedding_weights, keep_in_32_bits
 from ftune.options import Lion8bitOptions
-from ftune.plugin import Optimizer, Setting, TrainedTensor
+from ftune.plugin import Optimizer, Setting, Sharding, TrainedTensor
 
 
 class PagedLion8bit(Optimizer):
     name = "paged_lion_8bit"
     summary = "8-bit Lion with states in unified memory: peaks spill to the host instead of failing."
+    sharding = Sharding.ROWS
+    state_follows_rows = False
     pages_state = True
     state_bytes_per_parameter = 1.015625
     state_bytes_note = (

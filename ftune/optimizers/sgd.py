@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftune.options import Flag, Fraction, Options
-from ftune.plugin import Optimizer, Setting, TrainedTensor
+from ftune.plugin import Optimizer, Setting, Sharding, TrainedTensor
 
 
 class SGDOptions(Options):
@@ -20,6 +20,7 @@ class SGDOptions(Options):
 class SGD(Optimizer):
     name = "sgd"
     summary = "Plain gradient descent: no state without momentum, and a learning rate 10 to 100 times AdamW's."
+    sharding = Sharding.ROWS
     state_bytes_per_parameter = 0.0
     state_bytes_note = "4 bytes with momentum"
     default_learning_rate = 1e-2

@@ -23,7 +23,7 @@ from ftune.plugin.discovery import (
 from ftune.plugin.exports import BEFORE_ROUNDING, Export, Tolerance
 from ftune.plugin.formats import Conversation, Finding, Format, PlainText, RowError, Turn
 from ftune.plugin.objectives import Objective
-from ftune.plugin.optimizers import Gradients, Optimizer, Setting, TrainedTensor
+from ftune.plugin.optimizers import Gradients, Optimizer, Setting, Sharding, TrainedTensor
 from ftune.plugin.tunings import Batches, StateBytes, Tuning, no_batches
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Plugin",
     "RowError",
     "Setting",
+    "Sharding",
     "StateBytes",
     "Tolerance",
     "TrainedTensor",

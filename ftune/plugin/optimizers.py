@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,14 @@ class Gradients(enum.Enum):
     NONE = "never made: forward passes only"
 
 
+class Sharding(enum.Enum):
+    """What ranks may do that have only some rows of each weight."""
+
+    ROWS = "each element moves by its own gradient: any rows will do"
+    SUMS = "rows will do, where statistics are added up over the ranks"
+    WHOLE = "a step needs the whole of each weight"
+
+
 @dataclass(frozen=True)
 class Setting:
     """What an optimizer may need to know of the run that it is built for."""
@@ -39,6 +47,10 @@ class Setting:
     """Whether float16 is computed in, so that the loss is scaled up for small gradients not to vanish."""
     directory: Path | None = None
     """The run directory, for one that keeps a log of its own."""
+    add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Returns the sum of a tensor over the ranks, of which each has its rows of every weight; None where none is
+    split."""
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,11 @@ class Optimizer(Plugin):
     numbers but for rounding, given the same options and the same clipping; empty where there is no other."""
     calibrates: ClassVar[bool] = False
     """Whether it chooses the weights that move by the gradients of a few batches before the first step."""
+    sharding: ClassVar[Sharding] = Sharding.WHOLE
+    whole_state: ClassVar[frozenset[str]] = frozenset()
+    """Names of the state of a matrix that ranks have whole, where each has only some of its rows."""
+    state_follows_rows: ClassVar[bool] = True
+    """Whether state has the rows of its weight, so that another number of ranks can share it out anew."""
     pages_state: ClassVar[bool] = False
     """Whether large tensors of its state move to the host where a GPU runs short."""
     averages: ClassVar[bool] = False

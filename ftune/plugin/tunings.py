@@ -55,6 +55,8 @@ class Tuning(Plugin):
     takes_codes: ClassVar[bool] = False
     """Whether it trains upon the codes of a model in few bits that ftune reads itself."""
 
+    split_note: ClassVar[str] = ""
+    """Why ranks cannot share out its weights; empty where they can."""
     rotates: ClassVar[bool] = False
     """Whether only some of the weights move at a time, in turn: `rotating` then makes the optimizer do so."""
 
@@ -72,6 +74,11 @@ class Tuning(Plugin):
         What is made of it is kept in the run `directory`, for a resumed run and other ranks to have the same.
         """
         return model
+
+    @property
+    def splits(self) -> bool:
+        """Whether ranks can share out its weights."""
+        return not self.split_note
 
     @abstractmethod
     def apply(self, model: Any, options: Any, *, batches: Batches) -> Any:

@@ -47,11 +47,12 @@ class Apollo(Rule):
         state: dict[str, Any],
         group: dict[str, Any],
         rounding: Rounding,
+        shape: torch.Size,
     ) -> None:
         if not self._projects(weight, group):
             if "exp_avg" not in state:
                 state.update(self._plain.fresh(weight))
-            self._plain.update(weight, gradient, state, group, rounding)
+            self._plain.update(weight, gradient, state, group, rounding, shape)
             return
         state["step"] += 1
         left = on_the_left(tuple(weight.shape), self.options.proj_type)

@@ -240,6 +240,11 @@ class Distributed(Options):
     engine: Literal["auto", "ddp", "deepspeed", "fsdp"] = "auto"
     """What carries it."""
 
+    @property
+    def splits_weights(self) -> bool:
+        """Whether each of several ranks holds only its part of the weights."""
+        return self.zero_stage == 3
+
 
 @dataclass(frozen=True)
 class Chosen:

@@ -227,7 +227,10 @@ def _loader(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisi
 
 def _engine(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
     if recipe.distributed.engine == "auto":
-        yield Decision("distributed.engine", "ddp", "whole replicas: nothing is split over devices")
+        if recipe.distributed.splits_weights:
+            yield Decision("distributed.engine", "fsdp", "PyTorch's own way of splitting weights, gradients and state")
+        else:
+            yield Decision("distributed.engine", "ddp", "whole replicas: nothing is split over devices")
 
 
 _CHOOSERS = (

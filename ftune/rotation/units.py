@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ftune.errors import Problem, RecipeError
+from ftune.blocks import blocks_of
 
 
 @dataclass(frozen=True)
@@ -72,22 +72,6 @@ def _unit(name: str, weights: Iterable[torch.nn.Parameter], taken: set[int]) -> 
             taken.add(id(weight))
             own.append(weight)
     return Unit(name, tuple(own))
-
-
-def blocks_of(model: Any) -> list[torch.nn.Module]:
-    """Return the blocks of the list that holds most elements: experts and branches are lists within its blocks."""
-    found: list[torch.nn.Module] = []
-    largest = 0
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            size = sum(weight.numel() for weight in module.parameters())
-            if size > largest:
-                found, largest = [block for block in module if any(True for _ in block.parameters())], size
-    if not found:
-        what = f"the layers of a {type(model).__name__} are not found"
-        why = "looked for a torch.nn.ModuleList of blocks with weights; training in turn goes from block to block"
-        raise RecipeError(Problem("layers-not-found", what, why=why, fix="set tuning.method: full or lora"))
-    return found
 
 
 def _weights_of(model: Any, getter: str) -> list[torch.nn.Parameter]:

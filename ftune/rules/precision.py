@@ -87,27 +87,4 @@ RULES: tuple[Rule, ...] = (
         bad={"tuning": {"method": "lora", "use_dora": True}, "training": {"torch_compile": True}},
         good={"tuning": {"method": "lora", "use_dora": True}},
     ),
-    Rule(
-        id="sharding-not-available",
-        at="distributed.zero_stage",
-        when=lambda f: f.recipe.distributed.zero_stage > 0 or f.recipe.distributed.engine in ("deepspeed", "fsdp"),
-        what="this version of ftune does not split a model over devices",
-        because="it trains with whole replicas (DDP)",
-        instead="set zero_stage: 0 and engine: auto; to save memory on each device use tuning.method: lora, "
-        "gradient_checkpointing: true or optim: adamw_8bit",
-        also=(("distributed.engine", "splits"),),
-        bad={"distributed": {"zero_stage": 2}},
-        good={"distributed": {"zero_stage": 0}},
-    ),
-    Rule(
-        id="offload-needs-sharding",
-        at="distributed.offload_optimizer",
-        when=lambda f: (f.recipe.distributed.offload_optimizer, f.recipe.distributed.offload_param) != ("none", "none"),
-        what="nothing can be moved to the host in this version of ftune",
-        because="offload is a part of ZeRO, which it does not run",
-        instead="set offload_optimizer: none and offload_param: none",
-        also=(("distributed.offload_param", "moves weights"),),
-        bad={"distributed": {"offload_optimizer": "cpu"}},
-        good={"distributed": {"offload_optimizer": "none"}},
-    ),
 )

@@ -91,6 +91,7 @@ class Facts:
         return {
             "optim": self.recipe.optimizer.method,
             "tuning": self.recipe.tuning.method,
+            "split_note": self.tuning.split_note,
             "objective": self.recipe.objective.method,
             "format": data.format,
             "formats": ", ".join(sorted(self.objective.formats)),

@@ -23,7 +23,9 @@ from ftune.models.quiet import quiet
 from ftune.models.source import config_of, source_directory
 from ftune.recipe.schema import Recipe
 from ftune.resolve import Decision, RunSpec, files
+from ftune.sharding.model import held, split
 from ftune.training import directory, progress
+from ftune.units import format_count
 
 _READ = ("input_ids", "attention_mask", "position_ids", "labels")
 """What a tuning sees of a batch."""
@@ -102,6 +104,20 @@ def ready(spec: RunSpec, model: Any, data: Prepared, collator: Collator, shown: 
     model = tuning.prepare(model, options, directory=home, batches=batches, say=shown.say)
     with quiet():
         return tuning.apply(model, options, batches=batches)
+
+
+def shared_out(spec: RunSpec, model: Any, arguments: Any, shown: progress.Progress) -> Any:
+    """Return the model with its weights split over the ranks, where the recipe asks for it; say what holds it."""
+    ranks = arguments.world_size
+    if spec.recipe.distributed.splits_weights and ranks > 1:
+        model = split(model, arguments.device.type)
+    if ranks > 1:
+        counted, engine = held(model), spec.recipe.distributed.engine
+        part = f"{format_count(counted.own)} of {format_count(counted.every)} weights"
+        shown.say(f"{engine} over {ranks} ranks: this one holds {part}")
+    elif spec.recipe.distributed.splits_weights:
+        shown.say("there is one process, which holds all weights: nothing is split")
+    return model
 
 
 def prompts_of(spec: RunSpec, data: Prepared) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from ftune import plugin
 from ftune.data.batches import PlannedBatches, batches_of
 from ftune.data.sequences import Sequences
 from ftune.recipe.schema import Recipe
+from ftune.sharding.model import Moved, add_up, all_finite, clip, is_split
 from ftune.training.steps import STEPS
 
 
@@ -24,11 +25,21 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
 
     recipe: Recipe
     directory: Path
+    is_split: bool
+    """Whether ranks share each weight; otherwise each has all of it."""
+    shares: int
+    """How many ranks share a weight."""
+    share: int
+    """Which of them this is."""
 
     def prepare_to_move(self) -> None:
         """Take from the trainer what the optimizer does itself; called once, before anything is built."""
         # Noted before the first step: where weights move in turn, only those of the coming step require a gradient.
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.is_split = any(is_split(weight) for weight in self.model.parameters())
+        self.shares = self.accelerator.num_processes if self.is_split else 1
+        self.share = self.args.process_index if self.is_split else 0
+        self._moved = Moved()
         if self._reduces_itself:
             # Not wrapped: DistributedDataParallel keeps every gradient, wants the same weights trained each time, and
             # has ranks wait for each other inside backward, where one may fail.
@@ -44,9 +55,10 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _reduces_itself(self) -> bool:
-        """Whether gradients are averaged at the end of a step, and not inside of backward."""
+        """Whether gradients are averaged otherwise than by DistributedDataParallel."""
         training, tuning = self.recipe.training, plugin.tuning(self.recipe.tuning.method)
-        return self.method.gradients in STEPS or tuning.rotates or training.on_out_of_memory == "shrink"
+        own = self.method.gradients in STEPS or tuning.rotates or training.on_out_of_memory == "shrink"
+        return own or self.is_split
 
     def one_pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Return a batch's share of the step's loss, having made of its gradient what the optimizer wants."""
@@ -57,6 +69,9 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
 
     def average_gradients(self) -> None:
         """Average over the ranks what DistributedDataParallel, where it is in use, has averaged already."""
+        if self.is_split:
+            self._moved.take_gradients()
+            return
         if self.method.gradients in STEPS or not self._reduces_itself or self.accelerator.num_processes == 1:
             return
         for weight in self.model.parameters():
@@ -75,6 +90,8 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
                 max_grad_norm=training.max_grad_norm,
                 scales_loss=self.args.fp16,
                 directory=self.directory,
+                add_up=add_up if self.is_split else None,
+                rank=self.share,
             )
             build = functools.partial(
                 self.method.build, learning_rate=training.learning_rate, options=chosen.options, setting=setting
@@ -88,6 +105,8 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
                 )
             else:
                 self.optimizer = build(groups)
+            if self.is_split:
+                self.optimizer.register_step_post_hook(lambda *_: self._moved.drop_gradients())
         return self.optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -104,7 +123,7 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
             if weight.requires_grad:
                 rate = tuning.learning_rate_of(name, weight, own, options)
                 key = (rate != own, id(weight) in beside, name not in decayed, rate)
-                groups.setdefault(key, []).append(weight)
+                groups.setdefault(key, []).append(weight if self.method.gradients in STEPS else self._moved.of(weight))
         return [
             {
                 "params": weights,
@@ -139,12 +158,22 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Return the gradient norm; an optimizer that keeps none has clipped and measured it itself."""
-        return self.own_optimizer.grad_norm if self.method.gradients in STEPS else super()._clip_grad_norm(model)
+        if self.method.gradients in STEPS:
+            return self.own_optimizer.grad_norm
+        return clip(self.trained, self.args.max_grad_norm) if self.is_split else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self.method.gradients in STEPS:
             return self.own_optimizer.grad_norm
+        if self.is_split:
+            return clip(self.trained, 0.0) if grad_norm is None else grad_norm
         return super()._get_grad_norm(model, grad_norm)
+
+    def weights_are_finite(self) -> bool:
+        """Return whether all trained weights are numbers, those of other ranks among them."""
+        if self.is_split:
+            return all_finite(self.trained, self.args.device)
+        return all(bool(torch.isfinite(weight).all()) for weight in self.trained)
 
     @cached_property
     def planned_batches(self) -> PlannedBatches | None:

@@ -76,18 +76,23 @@ def finish(
 def _save_model(trainer: FtuneTrainer) -> None:
     """Write `model/`: it loads with plain transformers (or peft), tokenizer and template included."""
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        final = trainer.directory / rundir.MODEL
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        model.config.use_cache = True  # the Trainer turns it off, and generating without it is slow
-        try:
-            with quiet(), rundir.whole_directory(final) as folder:
-                write_finished(model, trainer.processing_class, trainer.recipe, folder, directory=trainer.directory)
-        except Exception as error:
-            if checkpoint.out_of_room(error):
-                raise checkpoint.saving_failed(final, error) from None
-            raise
+    with trainer.with_whole_weights():
+        if trainer.is_world_process_zero():
+            _write_model(trainer)
     trainer.accelerator.wait_for_everyone()
+
+
+def _write_model(trainer: FtuneTrainer) -> None:
+    final = trainer.directory / rundir.MODEL
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model.config.use_cache = True  # the Trainer turns it off, and generating without it is slow
+    try:
+        with quiet(), rundir.whole_directory(final) as folder:
+            write_finished(model, trainer.processing_class, trainer.recipe, folder, directory=trainer.directory)
+    except Exception as error:
+        if checkpoint.out_of_room(error):
+            raise checkpoint.saving_failed(final, error) from None
+        raise
 
 
 def _result(trainer: FtuneTrainer, status: str, wall_seconds: float, predicted_peak_bytes: int | None) -> RunResult:

@@ -22,6 +22,7 @@ from ftune.resolve.files import fingerprint
 from ftune.rules import check
 from ftune.training import checkpoint
 from ftune.training.directory import held
+from ftune.training.other_ranks import for_ranks
 from ftune.training.passes import keep_passes
 
 MAY_CHANGE = (
@@ -40,6 +41,7 @@ MAY_CHANGE = (
     "training.on_out_of_memory",
     "training.load_best_model_at_end",
     "data.num_proc",
+    "distributed.",
 )
 """Settings that a run may go on with changed: they do not touch what was already learned."""
 FOUND_AGAIN = ("data.format", "data.train", "data.eval", "data.chat_template", "model.model_name_or_path")
@@ -66,6 +68,7 @@ def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continu
         fix = f"move or rename {directory} itself, then resume it there"
         raise RunError(Problem("resume-changed", what, why=why, fix=fix))
     said: list[Problem] = []
+    shared: list[str] = []
     if changes:
         spec, loaded = _changed(directory, before, changes, machine)
         said = check(loaded, machine)
@@ -78,14 +81,14 @@ def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continu
     with held(directory) if main else contextlib.nullcontext():
         found, damaged = checkpoint.latest(directory)
         if found is not None:
-            _check_ranks(found)
+            spec, shared = for_ranks(spec, found, int(os.environ.get("WORLD_SIZE", "1")))
         if rundir.status(directory) == "finished":
             _require_more(directory, before, spec, found)
         if main:
             _put_aside(path for path, _ in damaged)
             if changes:
                 _write_down(directory, spec)
-    notes = [f"{problem.severity}: {problem}" for problem in said]
+    notes = [f"{problem.severity}: {problem}" for problem in said] + shared
     notes += _differences(spec, machine)
     notes += [f"{path.name} is damaged ({why}); going back to the one before" for path, why in damaged]
     notes.append(f"going on from {found.name}" if found else "nothing was saved yet: starting from the beginning")
@@ -196,16 +199,6 @@ def _check_data(spec: RunSpec) -> None:
         why = "its rows would no longer be seen in the order in which the run began"
         fix = "put the files back as they were, or start a new run"
         raise RunError(Problem("resume-data", f"{name} {how}", why=why, fix=fix))
-
-
-def _check_ranks(found: Path) -> None:
-    before = json.loads((found / checkpoint.STATE).read_text(encoding="utf-8"))["ranks"]
-    now = int(os.environ.get("WORLD_SIZE", "1"))
-    if before != now:
-        why = f"{found.name} was saved by {before}: batches would be drawn in another order"
-        fix = f"start it as before: torchrun --nproc_per_node {before} -m ftune resume RUN_DIR"
-        fix = fix if before > 1 else "start it in one process: ftune resume RUN_DIR"
-        raise RunError(Problem("resume-ranks", f"this run cannot go on with {now} ranks", why=why, fix=fix))
 
 
 def _differences(spec: RunSpec, machine: Machine) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary, unfinished_sweep
 from ftune.training.foretold import Forecast, Foresee, foretold
-from ftune.training.loading import collator_of, load_base, load_rows, prompts_of, ready, tell
+from ftune.training.loading import collator_of, load_base, load_rows, prompts_of, ready, shared_out, tell
 from ftune.training.passes import Passes, passes_of
 from ftune.training.result import RunResult, finish
 from ftune.training.samples import Samples
@@ -86,6 +86,7 @@ def _run(
     collator = collator_of(recipe, tokenizer, model, data)
     set_seed(recipe.training.seed)
     model = ready(spec, model, data, collator, shown)
+    model = shared_out(spec, model, arguments, shown)
 
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     parts = Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments, data.names)

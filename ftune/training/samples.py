@@ -26,17 +26,26 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         self.before: list[str] = []
 
     def ask(self, when: str) -> list[str]:
-        """Let the model answer all prompts and keep the answers; only the first rank does."""
+        """Let the model answer all prompts and keep the answers; only the first rank does.
+
+        Ranks that share the weights compute every answer together.
+        """
         trainer = self.trainer
-        if trainer is None or not self.prompts or not trainer.is_world_process_zero():
+        if trainer is None or not self.prompts or not (trainer.is_world_process_zero() or trainer.is_split):
             return []
         recipe = trainer.recipe
         self.prompts = _as_trained(self.prompts, recipe.data)
         with trainer.aside(), trainer.accelerator.autocast():
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             answers = generate_answers(
-                model, trainer.processing_class, self.prompts, recipe.training.sample_max_new_tokens
+                model,
+                trainer.processing_class,
+                self.prompts,
+                recipe.training.sample_max_new_tokens,
+                together=trainer.is_split,
             )
+        if not trainer.is_world_process_zero():
+            return []
         with (trainer.directory / rundir.SAMPLES).open("a", encoding="utf-8") as file:
             for prompt, answer in zip(self.prompts, answers, strict=True):
                 step = trainer.state.global_step

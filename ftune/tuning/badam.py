@@ -29,6 +29,7 @@ class BAdamOptions(Options):
 class BAdam(Tuning):
     name = "badam"
     summary = "One layer is trained for some steps, then the next, with a float32 copy of that layer alone."
+    split_note = "weights that take turns are not split in this version"
     rotates = True
     Options = BAdamOptions
 

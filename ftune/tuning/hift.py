@@ -26,6 +26,7 @@ class HiFTOptions(Options):
 class HiFT(Tuning):
     name = "hift"
     summary = "Every weight is trained, one group of layers at each step; the rest of the state is on the host."
+    split_note = "weights that take turns are not split in this version"
     rotates = True
     Options = HiFTOptions
 

@@ -25,6 +25,7 @@ class LISAOptions(Options):
 class LISA(Tuning):
     name = "lisa"
     summary = "The embedding, the head and a few layers, drawn anew every few steps, are trained at a time."
+    split_note = "weights that take turns are not split in this version"
     rotates = True
     Options = LISAOptions
 

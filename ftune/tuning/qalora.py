@@ -36,6 +36,7 @@ class QALoRAOptions(LowRankOptions):
 class QALoRA(Tuning):
     name = "qalora"
     summary = "Adapters over groups of inputs are trained beside a base in 2 to 8 bits, and merge into it exactly."
+    split_note = "codes of few bits are not split: every device has to hold all of them"
     has_adapter = True
     frozen_base = True
     takes_codes = True
@@ -83,7 +84,7 @@ class QALoRA(Tuning):
         from ftune.quantized.half_quadratic import fit_half_quadratic
         from ftune.quantized.minmax import fit_minmax
         from ftune.quantized.model import quantise
-        from ftune.rotation.units import blocks_of
+        from ftune.blocks import blocks_of
 
         bits, group_size = options.bits, options.group_size
         say(f"quantising {len(names)} layers to {bits} bits in groups of {group_size}, by {options.fit}")

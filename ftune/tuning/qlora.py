@@ -13,6 +13,7 @@ from ftune.plugin import Batches, Tuning, no_batches
 class QLoRA(Tuning):
     name = "qlora"
     summary = "Low-rank adapters are trained beside frozen weights of 4 (or 8) bits."
+    split_note = "codes of 4 and 8 bits are not split: every device has to hold all of them"
     needs = ("bitsandbytes",)
     has_adapter = True
     frozen_base = True

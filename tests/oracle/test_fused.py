@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.optimization import Adafactor
 
 from ftune import plugin
-from ftune.fused.adafactor import AdafactorRule, Shard
+from ftune.fused.adafactor import AdafactorRule
 from ftune.fused.engine import FusedBackward
 from ftune.fused.kept import RuleOptimizer
 from ftune.fused.rounding import Rounding
@@ -512,18 +512,18 @@ def test_rows_and_columns_without_gradients_stay(dtype: torch.dtype, size: float
 
 def test_rows_shared_by_two_ranks_move_as_the_whole_matrix() -> None:
     noise = torch.Generator().manual_seed(0)
-    matrix, vector = torch.randn(10, 6, generator=noise), torch.randn(8, generator=noise)
+    matrix, vector = torch.randn(9, 6, generator=noise), torch.randn(7, generator=noise)
     whole = [matrix.clone(), vector.clone()]
-    halves = [[matrix[:5].clone(), vector[:4].clone()], [matrix[5:].clone(), vector[4:].clone()]]
+    halves = [[matrix[:5].clone(), vector[:4].clone()], [matrix[5:].clone(), vector[4:].clone()]]  # unequal ones
     settings = {"eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "scale_parameter": True}
     group, rounding = {"lr": 0.1, "weight_decay": 0.1}, Rounding("nearest", 0)
     alone = AdafactorRule(**settings)
     states = [alone.fresh(weight) for weight in whole]
     split = [[alone.fresh(weight) for weight in half] for half in halves]
     for _ in range(6):
-        slopes = [torch.randn(10, 6, generator=noise), torch.randn(8, generator=noise)]
+        slopes = [torch.randn(9, 6, generator=noise), torch.randn(7, generator=noise)]
         for weight, slope, state in zip(whole, slopes, states, strict=True):
-            alone.update(weight, slope.clone(), state, group, rounding)
+            alone.update(weight, slope.clone(), state, group, rounding, weight.shape)
         for number in range(2):
             parts = [slope.chunk(2)[rank] for rank in range(2) for slope in [slopes[number]]]
             _together([half[number] for half in halves], parts, [half[number] for half in split], settings, group)
@@ -551,8 +551,9 @@ def _together(
         return summed
 
     def move(rank: int) -> None:
-        rule = AdafactorRule(**settings, shard=Shard(2, add_up(rank)))
-        rule.update(weights[rank], slopes[rank].clone(), states[rank], group, Rounding("nearest", 0))
+        rule, weight = AdafactorRule(**settings, add_up=add_up(rank)), weights[rank]
+        shape = torch.Size([sum(len(part) for part in weights), *weight.shape[1:]])
+        rule.update(weight, slopes[rank].clone(), states[rank], group, Rounding("nearest", 0), shape)
 
     threads = [threading.Thread(target=move, args=(rank,)) for rank in range(2)]
     for thread in threads:

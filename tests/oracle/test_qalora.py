@@ -27,7 +27,7 @@ from ftune.quantized.minmax import fit_minmax
 from ftune.quantized.model import codes_of, dequantised, linear_layers, put_codes, quantise
 from ftune.quantized.saved import save_quantized, save_torchao
 from ftune.recipe.schema import Model
-from ftune.rotation.units import blocks_of
+from ftune.blocks import blocks_of
 from ftune.tuning.qalora import QALoRAOptions
 
 IDS = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(3))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ftune.options import AdamOptions, NotNegative, Number
-from ftune.plugin import Optimizer, Setting
+from ftune.plugin import Optimizer, Setting, Sharding
 
 
 class ScheduleFreeOptions(AdamOptions):
@@ -25,6 +25,7 @@ class ScheduleFreeAdamW(Optimizer):
     name = "schedule_free_adamw"
     averages = True
     summary = "AdamW that averages its weights in place of a schedule: the length of the run need not be known."
+    sharding = Sharding.ROWS
     state_bytes_per_parameter = 8.0
     state_bytes_note = "4 bytes where weights are bfloat16; a copy of the weights besides while evaluating and saving"
     state_in_weights_dtype = True

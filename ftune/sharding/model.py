@@ -1,0 +1,168 @@
+"""Weights, gradients and state split over ranks: ZeRO's stage 3 (Rajbhandari et al., 2020), by PyTorch's FSDP2.
+
+A layer's weights are gathered while it runs, forward and backward, and its gradients reach each rank already averaged,
+as its own rows. Between steps a rank of N holds one N-th of everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from ftune.blocks import blocks_of
+from ftune.errors import Problem, RecipeError
+from ftune.fused.kept import local
+
+
+@dataclass(frozen=True)
+class Held:
+    """How many elements of a model's weights this rank holds, and all ranks together."""
+
+    own: int
+    every: int
+
+
+def split(model: Any, device_type: str) -> Any:
+    """Return a model of which each rank holds its rows; raises RecipeError where it cannot be split.
+
+    Every rank has loaded the same whole weights, of which it keeps its part.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    scalar = next((name for name, weight in inner.named_parameters() if weight.dim() == 0), None)
+    if scalar is not None:
+        what = f"`{scalar}` of this model is a single number, which cannot be split over ranks"
+        raise RecipeError(Problem("sharding-scalar", what, fix="set distributed.zero_stage: 0"))
+    mesh = init_device_mesh(device_type, (distributed.get_world_size(),))
+    for block in blocks_of(inner):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # The innermost model, which `generate` calls without the adapter around it. Its own weights (embeddings, head) are
+    # let go after forward too: kept, they would be stale once something beside a backward has moved the rows.
+    fully_shard(inner, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def is_split(weight: Any) -> bool:
+    """Return whether ranks share a weight."""
+    return isinstance(weight, DTensor)
+
+
+def held(model: Any) -> Held:
+    """Return what this rank holds of a model."""
+    weights = list(model.parameters())
+    return Held(sum(local(weight).numel() for weight in weights), sum(weight.numel() for weight in weights))
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks, written into it; every rank gets the same bits."""
+    distributed.all_reduce(tensor)
+    return tensor
+
+
+class Moved:
+    """What an optimizer is given in place of weights that are split: ordinary tensors with this rank's rows of them."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.Tensor, torch.nn.Parameter]] = []
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return what stands for a weight: it shares the memory of its rows, and says whose they are."""
+        if not is_split(weight):
+            return weight
+        rows = torch.nn.Parameter(local(weight.detach()))
+        rows.copy_of = weight  # type: ignore[attr-defined]
+        self._pairs.append((weight, rows))
+        return rows
+
+    def take_gradients(self) -> None:
+        """Give the rows the gradients that backward left at the weights, which share their memory."""
+        for weight, rows in self._pairs:
+            # Once, before its first forward, FSDP may put a weight's rows elsewhere.
+            rows.data = local(weight.detach())
+            rows.grad = None if weight.grad is None else local(weight.grad)
+
+    def drop_gradients(self) -> None:
+        for _, rows in self._pairs:
+            rows.grad = None
+
+
+def clip(weights: Iterable[torch.Tensor], most: float) -> torch.Tensor:
+    """Scale the gradients of split weights down to a global norm, as `clip_grad_norm_` does; return it as it was.
+
+    With `most` 0 they stay as they are.
+    """
+    gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    squares = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32).square() for each in gradients])
+    norm = add_up(squares).sum().sqrt()
+    if most > 0:
+        factor = (most / (norm + 1e-6)).clamp_(max=1.0)
+        for each in gradients:
+            each.mul_(factor.to(each.dtype))
+    return norm
+
+
+def all_finite(weights: Iterable[torch.Tensor], device: torch.device) -> bool:
+    """Return whether no rank has a weight that is not a number."""
+    broken = torch.zeros((), device=device)
+    for weight in weights:
+        broken += (~torch.isfinite(local(weight.detach()))).any()
+    return not bool(add_up(broken))
+
+
+@contextlib.contextmanager
+def whole(model: Any, *, only: Iterable[torch.Tensor] | None = None) -> Iterator[bool]:
+    """Hold a model's weights whole on the first rank's host, one of them gathered after another, for it to be written.
+
+    Yields whether this is that rank; all have to come. `only` names the weights to gather.
+    """
+    first = distributed.get_rank() == 0
+    wanted = None if only is None else {id(weight) for weight in only}
+    before: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+    gathered: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is None or not is_split(weight) or (wanted is not None and id(weight) not in wanted):
+                continue
+            if id(weight) not in gathered:  # a tied weight is one, and stays one
+                full = weight.detach().full_tensor()
+                kept = full.cpu() if first else full.new_empty(0)
+                gathered[id(weight)] = torch.nn.Parameter(kept, requires_grad=False)
+            before.append((module, name, weight))
+    try:
+        if first:
+            for module, name, weight in before:
+                module._parameters[name] = gathered[id(weight)]
+        yield first
+    finally:
+        for module, name, weight in before:
+            module._parameters[name] = weight
+
+
+@torch.no_grad()
+def fill(weight: torch.Tensor, values: torch.Tensor) -> None:
+    """Write whole values into a weight, or this rank's rows of it."""
+    if not is_split(weight):
+        weight.copy_(values)
+        return
+    rows = local(weight)
+    first = first_row(weight)
+    rows.copy_(values[first : first + len(rows)])
+
+
+def first_row(weight: torch.Tensor) -> int:
+    """Return where this rank's rows of a split weight begin."""
+    return start_of(len(weight), distributed.get_rank(), distributed.get_world_size())
+
+
+def start_of(rows: int, rank: int, ranks: int) -> int:
+    """Return where a rank's rows begin: equal parts but for the last ones, as `torch.chunk` cuts."""
+    return min(rows, rank * -(-rows // ranks))
