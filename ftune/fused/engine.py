@@ -63,7 +63,7 @@ class FusedBackward(RuleOptimizer):
     ) -> None:
         super().__init__(groups, rule, learning_rate=learning_rate, seed=seed, rounding=rounding)
         self.add_up = add_up
-        """Returns the sum over ranks of which each has its rows of every weight; None where ranks have whole weights."""
+        """Returns the sum over ranks that each have some rows of every weight; None where they have whole weights."""
         self.max_grad_norm, self.clip_value, self.clip_each_norm = max_grad_norm, clip_value, clip_each_norm
         self.accumulate = accumulate
         self.scale = _SCALE_AT_FIRST if scales_loss else None

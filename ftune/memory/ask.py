@@ -71,6 +71,10 @@ def plan_of(
 ) -> MemoryPlan:
     """Return the plan of a decided run; of the rows that `trace` is told, or of the largest that the recipe allows."""
 
+    if spec.recipe.distributed.splits_weights:
+        fix = "set distributed.zero_stage: 0 for the plan of a device that holds everything, not only its part"
+        raise RecipeError(Problem("plan-sharded", "a model that is split over devices is not planned yet", fix=fix))
+
     def trace_of(layers: int | None) -> Trace:
         def taken(few: RunSpec) -> Trace:
             return trace(

@@ -54,6 +54,18 @@ def is_split(weight: Any) -> bool:
     return isinstance(weight, DTensor)
 
 
+def engine_in_use(model: Any, *, reduces_itself: bool) -> str:
+    """Return what a prepared model is carried by, as a recipe names it, from what it is made of.
+
+    `reduces_itself`: ftune averages the gradients of whole replicas.
+    """
+    if all(is_split(weight) for weight in model.parameters()):
+        return "fsdp"
+    whole_replicas = not any(is_split(weight) for weight in model.parameters())
+    replicated = isinstance(model, torch.nn.parallel.DistributedDataParallel) or reduces_itself
+    return "ddp" if whole_replicas and replicated else "none"
+
+
 def held(model: Any) -> Held:
     """Return what this rank holds of a model."""
     weights = list(model.parameters())

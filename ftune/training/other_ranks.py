@@ -28,7 +28,8 @@ def for_ranks(spec: RunSpec, found: Path, now: int) -> tuple[RunSpec, list[str]]
     if each * now == rows:
         return spec, [] if before == now else [_told(before, now)]
     if rows % now:
-        raise RunError(_refused(found, before, now, f"a step takes {rows} rows, which {now} ranks cannot share equally"))
+        why = f"a step takes {rows} rows, which {now} ranks cannot share equally"
+        raise RunError(_refused(found, before, now, why))
     own = rows // now
     size = max(count for count in range(1, training.per_device_train_batch_size + 1) if own % count == 0)
     optimizer = plugin.optimizer(spec.recipe.optimizer.method)

@@ -21,6 +21,7 @@ from ftune import plugin, rundir
 from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
 from ftune.recipe.schema import Recipe
+from ftune.sharding.model import engine_in_use
 from ftune.training.callbacks import StopOnRequest
 from ftune.training.meter import Meter, losses_by_source, peak_memory_bytes
 from ftune.training.saving import SavingTrainer
@@ -83,6 +84,16 @@ class FtuneTrainer(SavingTrainer):
         )
         # As for one process: these batches are this rank's already.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
+        """Prepare as Hugging Face does; raise RunError where something else carries the run than what was asked for."""
+        prepared = super()._prepare_for_training(*arguments, **named)
+        carried = engine_in_use(prepared[0], reduces_itself=self._reduces_itself)
+        asked = self.recipe.distributed.engine
+        if self.accelerator.num_processes > 1 and carried != asked:
+            what = f"distributed.engine is {asked}, and what carries this run is {carried}"
+            raise RunError(Problem("engine-in-use", what, fix="this is a bug in ftune: report it with run.json"))
+        return prepared
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -219,6 +230,7 @@ class FtuneTrainer(SavingTrainer):
     def close_meter(self) -> None:
         """Count the steps after the last logged line, and stop the clock."""
         self._read_meter()
+
 
 def _told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the sources, where there are several."""

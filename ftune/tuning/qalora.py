@@ -80,11 +80,11 @@ class QALoRA(Tuning):
         return model
 
     def _fit(self, model: Any, names: list[str], options: Any, batches: Batches, say: Callable[[str], None]) -> None:
+        from ftune.blocks import blocks_of
         from ftune.quantized.calibration import quantise_sequentially
         from ftune.quantized.half_quadratic import fit_half_quadratic
         from ftune.quantized.minmax import fit_minmax
         from ftune.quantized.model import quantise
-        from ftune.blocks import blocks_of
 
         bits, group_size = options.bits, options.group_size
         say(f"quantising {len(names)} layers to {bits} bits in groups of {group_size}, by {options.fit}")

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ftune.adapters.pooled import PooledLinear, add_pooled_lora, fold_pooled
+from ftune.blocks import blocks_of
 from ftune.errors import RecipeError, RunError
 from ftune.models.load import load_model
 from ftune.quantized.calibration import quantise_sequentially
@@ -27,7 +28,6 @@ from ftune.quantized.minmax import fit_minmax
 from ftune.quantized.model import codes_of, dequantised, linear_layers, put_codes, quantise
 from ftune.quantized.saved import save_quantized, save_torchao
 from ftune.recipe.schema import Model
-from ftune.blocks import blocks_of
 from ftune.tuning.qalora import QALoRAOptions
 
 IDS = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,189 @@
+"""Whole runs with weights split over ranks, against one process with the same rows in each step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import ftune
+from training_runs import ROOT, losses, metrics, recipe, rows_file, weights
+
+ADAMW = {"optim": "adamw_torch", "max_grad_norm": 1.0}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rows_file(tmp_path_factory.mktemp("rows") / "rows.jsonl", 48)
+
+
+def start(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `ftune` on so many ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    command = [*(launcher if ranks > 1 else []), *(["--no-python"] if ranks > 1 else []), sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "ftune", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def written(folder: Path, values: dict[str, Any]) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def values_of(
+    model: Path, rows: Path, output: Path, *, ranks: int, training: dict[str, Any], **sections: Any
+) -> dict[str, Any]:
+    """Return a recipe whose steps take 8 rows, on however many ranks."""
+    settings = {"per_device_train_batch_size": 8 // ranks, "save_strategy": "steps", "save_steps": 2, **training}
+    distributed = {"zero_stage": 3} if ranks > 1 else {}
+    return recipe(
+        model, rows, output, data={"eval": str(rows)}, training=settings, distributed=distributed, **sections
+    )
+
+
+def equal_runs(one: Path, two: Path, *, rel: float = 1e-5) -> None:
+    """See that two runs had the same losses and norms, and ended with the same weights."""
+    assert losses(two) == pytest.approx(losses(one), rel=rel)
+    norms = [[line["grad_norm"] for line in metrics(run) if "grad_norm" in line] for run in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=rel)
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    for key in ("eval_loss", "tokens", "supervised_tokens", "steps"):
+        assert results[1][key] == pytest.approx(results[0][key], rel=rel)
+    expected, found = weights(one), weights(two)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def cut_back(run: Path, copy: Path, step: int) -> Path:
+    """Copy a run as it was when it was killed after a checkpoint."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "model")
+    (copy / "result.json").unlink()
+    for path in (copy / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+class TestAdamW:
+    """One process, two ranks that share the weights, and each going on with what the other began."""
+
+    @pytest.fixture(scope="class")
+    def alone(self, tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        run = tmp_path_factory.mktemp("alone") / "run"
+        ftune.train(values_of(tiny_model, rows, run, ranks=1, training=ADAMW))
+        return run
+
+    @pytest.fixture(scope="class")
+    def shared(self, tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("shared")
+        training = {**ADAMW, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        training |= {"sample_prompts": ["a brook"], "sample_max_new_tokens": 4, "gradient_checkpointing": True}
+        values = values_of(tiny_model, rows, folder / "run", ranks=2, training=training)
+        said = start(2, "train", written(folder, values), "--plain").stdout
+        assert "fsdp over 2 ranks: this one holds 17.6 k of 35.2 k weights" in said
+        return folder / "run"
+
+    def test_split_weights_learn_what_whole_ones_do(self, alone: Path, shared: Path) -> None:
+        equal_runs(alone, shared)
+
+    def test_all_ranks_answer_the_prompts_together(self, shared: Path) -> None:
+        answers = [json.loads(line) for line in (shared / "samples.jsonl").read_text().splitlines()]
+        assert [answer["when"] for answer in answers] == ["before", "during", "after"]
+
+    def test_a_checkpoint_holds_whole_weights_and_state_in_parts(self, shared: Path) -> None:
+        folder = shared / "checkpoints" / "checkpoint-2"
+        names = {path.name for path in folder.iterdir()}
+        assert {"model.safetensors", "optimizer-00000-of-00002.pt", "optimizer-00001-of-00002.pt"} <= names
+        assert set(json.loads((folder / "manifest.json").read_text())) == names - {"manifest.json"}
+
+    def test_one_process_goes_on_with_what_two_began(self, alone: Path, shared: Path, tmp_path: Path) -> None:
+        copy = cut_back(shared, tmp_path / "run", 2)
+        said = start(1, "resume", str(copy), "--plain").stdout
+        assert "training.gradient_accumulation_steps = 4" in said
+        equal_runs(alone, copy)
+
+    def test_two_go_on_with_what_one_began(self, alone: Path, tmp_path: Path) -> None:
+        copy = cut_back(alone, tmp_path / "run", 2)
+        start(2, "resume", str(copy), "--set", "distributed.zero_stage=3", "--plain")
+        equal_runs(alone, copy)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_others_go_on(self, ranks: int, alone: Path, shared: Path, tmp_path: Path) -> None:
+        copy = cut_back(shared, tmp_path / "run", 4)
+        start(ranks, "resume", str(copy), "--plain")
+        equal_runs(alone, copy)
+
+    @pytest.mark.slow
+    def test_replicas_go_on_with_what_was_split(self, alone: Path, shared: Path, tmp_path: Path) -> None:
+        copy = cut_back(shared, tmp_path / "run", 2)
+        start(2, "resume", str(copy), "--set", "distributed.zero_stage=0", "--plain")
+        equal_runs(alone, copy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "tuning"),
+    [
+        ({"optim": "adalomo", "learning_rate": 1e-2}, {}),
+        ({"optim": "lomo", "learning_rate": 5e-2, "max_grad_norm": 1.0}, {}),
+        ({"optim": "lomo", "learning_rate": 5e-2, "optim_args": {"clip_grad_norm_per_tensor": 0.1}}, {}),
+        ({"optim": "adamw_fused_backward", "gradient_checkpointing": True}, {}),
+        ({"optim": "schedule_free_adamw"}, {}),
+        ({"optim": "adamw_torch", "learning_rate": 1e-2}, {"method": "lora"}),
+        ({"optim": "lomo", "learning_rate": 5e-2}, {"method": "lora_and_full"}),
+        ({"optim": "adamw_torch", "learning_rate": 1e-2}, {"method": "vera"}),
+    ],
+    ids=str,
+)
+def test_every_method_that_splits(
+    training: dict[str, Any], tuning: dict[str, Any], tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Equal to one process, before and after two ranks' state went on in one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    ftune.train(values_of(tiny_model, rows, one, ranks=1, training=training, tuning=tuning))
+    values = values_of(tiny_model, rows, two, ranks=2, training=training, tuning=tuning)
+    start(2, "train", written(tmp_path, values), "--plain")
+    equal_runs(one, two)
+    copy = cut_back(two, tmp_path / "copy", 2)
+    if plugin_accumulates(training):
+        start(1, "resume", str(copy), "--plain")
+        equal_runs(one, copy)
+
+
+def plugin_accumulates(training: dict[str, Any]) -> bool:
+    from ftune import plugin
+
+    optimizer = plugin.optimizer(training["optim"])
+    return optimizer.accumulates(optimizer.Options(**training.get("optim_args", {})))
+
+
+def test_what_cannot_be_split_is_refused_before_anything_is_loaded(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    for training, tuning in (({"optim": "muon"}, {}), ({"optim": "adamw_torch"}, {"method": "hift"})):
+        values = values_of(tiny_model, rows, tmp_path / "run", ranks=2, training=training, tuning=tuning)
+        problems = ftune.check(values)
+        assert [problem.rule for problem in problems if problem.severity == "error"] in (
+            ["sharding-optimizer"],
+            ["sharding-tuning"],
+        )
