@@ -242,8 +242,8 @@ class Distributed(Options):
 
     @property
     def splits_weights(self) -> bool:
-        """Whether each of several ranks holds only its part of the weights."""
-        return self.zero_stage == 3
+        """Whether each of several ranks holds only its rows of the weights between steps."""
+        return self.zero_stage >= 2
 
 
 @dataclass(frozen=True)

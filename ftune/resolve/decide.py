@@ -225,12 +225,19 @@ def _loader(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisi
         yield Decision("training.dataloader_pin_memory", pin, why)
 
 
+_ENGINES = (
+    "whole replicas: nothing is split over devices",
+    "whole replicas, which share the optimizer's work and state",
+    "FSDP2 splits gradients and state; weights are gathered from forward to backward",
+    "FSDP2 splits weights, gradients and state; a layer's weights are gathered while it runs",
+)
+"""Why a ZeRO stage is carried by what carries it."""
+
+
 def _engine(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
     if recipe.distributed.engine == "auto":
-        if recipe.distributed.splits_weights:
-            yield Decision("distributed.engine", "fsdp", "PyTorch's own way of splitting weights, gradients and state")
-        else:
-            yield Decision("distributed.engine", "ddp", "whole replicas: nothing is split over devices")
+        why = _ENGINES[recipe.distributed.zero_stage]
+        yield Decision("distributed.engine", "fsdp" if recipe.distributed.splits_weights else "ddp", why)
 
 
 _CHOOSERS = (

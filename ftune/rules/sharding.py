@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from ftune.plugin import Sharding
+from ftune.plugin import Gradients, Sharding
 from ftune.rules.rule import Facts, Rule
+
+
+def _shares(facts: Facts) -> bool:
+    """Whether devices share anything: the optimizer's state, at the least."""
+    return facts.recipe.distributed.zero_stage > 0
 
 
 def _splits(facts: Facts) -> bool:
@@ -16,28 +21,35 @@ def _interleaves(facts: Facts) -> bool:
 
 def _contradicts(facts: Facts) -> bool:
     """Whether the engine that is named carries another stage than the one that is asked for."""
-    distributed = facts.recipe.distributed
-    return (distributed.engine, distributed.zero_stage) in (("ddp", 3), ("fsdp", 0))
+    return facts.recipe.distributed.engine == ("ddp" if _splits(facts) else "fsdp")
 
+
+def _moves_whole_replicas(facts: Facts) -> bool:
+    """Whether only the state is to be shared, and the optimizer moves weights at other times than at a step's end."""
+    return facts.recipe.distributed.zero_stage == 1 and (
+        facts.optimizer.gradients is not Gradients.KEPT or facts.optimizer.averages
+    )
+
+
+_SPLITS = (("distributed.zero_stage", "splits weights"),)
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        id="stage-not-available",
-        at="distributed.zero_stage",
-        when=lambda f: f.recipe.distributed.zero_stage in (1, 2) or f.recipe.distributed.engine == "deepspeed",
-        what="this version of ftune splits all or nothing over devices",
-        because="it has no DeepSpeed: stage 3 is PyTorch's FSDP2, stage 0 whole replicas (DDP)",
-        instead="set zero_stage: 3, which splits optimizer state and gradients too, and engine: auto",
-        also=(("distributed.engine", "carries it"),),
-        bad={"distributed": {"zero_stage": 2}},
-        good={"distributed": {"zero_stage": 3}},
+        id="deepspeed-not-available",
+        at="distributed.engine",
+        when=lambda f: f.recipe.distributed.engine == "deepspeed",
+        what="this version of ftune does not run DeepSpeed",
+        because="its own stage 1, and PyTorch's FSDP2 for stages 2 and 3, need no other package",
+        instead="leave engine: auto",
+        bad={"distributed": {"engine": "deepspeed", "zero_stage": 2}},
+        good={"distributed": {"zero_stage": 2}},
     ),
     Rule(
         id="engine-stage",
         at="distributed.engine",
         when=_contradicts,
         what="the engine does not carry this stage",
-        because="ddp holds whole replicas, which is stage 0; fsdp splits everything, which is stage 3",
+        because="ddp holds whole replicas, which are stages 0 and 1; fsdp splits weights, at stages 2 and 3",
         instead="leave engine: auto, and let zero_stage say what is split",
         also=(("distributed.zero_stage", "says what is split"),),
         bad={"distributed": {"engine": "ddp", "zero_stage": 3}},
@@ -57,13 +69,25 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="sharding-optimizer",
         at="training.optim",
-        when=lambda f: _splits(f) and f.optimizer.sharding is Sharding.WHOLE,
-        what="{optim} cannot move weights that are split over devices",
-        because="its step needs the whole of each weight, of which a device has some rows",
-        instead="set optim: adamw_torch, adamw_8bit, adalomo or adafactor_fused_backward; or zero_stage: 0",
-        also=(("distributed.zero_stage", "splits weights"),),
+        when=lambda f: _shares(f) and f.optimizer.sharding is Sharding.WHOLE,
+        what="{optim} cannot move weights of which a device has some rows",
+        because="its step needs the whole of each weight",
+        instead="set optim: adamw_torch or adamw_8bit, or at stage 3 adalomo; or zero_stage: 0",
+        also=(("distributed.zero_stage", "gives each device some rows"),),
         bad={"training": {"optim": "muon"}, "distributed": {"zero_stage": 3}},
         good={"training": {"optim": "adalomo"}, "distributed": {"zero_stage": 3}},
+    ),
+    Rule(
+        id="sharding-state-alone",
+        at="distributed.zero_stage",
+        when=_moves_whole_replicas,
+        what="stage 1 does not work with optim: {optim}",
+        because="devices tell each other the rows that each has moved at the end of a step, and it moves weights "
+        "at other times",
+        instead="set zero_stage: 3",
+        also=(("training.optim", "moves weights inside backward, or for evaluation"),),
+        bad={"training": {"optim": "lomo"}, "distributed": {"zero_stage": 1}},
+        good={"training": {"optim": "lomo"}, "distributed": {"zero_stage": 3}},
     ),
     Rule(
         id="sharding-tuning",
@@ -72,18 +96,29 @@ RULES: tuple[Rule, ...] = (
         what="tuning.method: {tuning} does not work with weights that are split over devices",
         because="{split_note}",
         instead="set tuning.method: lora or full; or zero_stage: 0",
-        also=(("distributed.zero_stage", "splits weights"),),
+        also=_SPLITS,
         bad={"tuning": {"method": "qlora"}, "distributed": {"zero_stage": 3}},
         good={"tuning": {"method": "lora"}, "distributed": {"zero_stage": 3}},
     ),
     Rule(
+        id="sharding-turns",
+        at="tuning.method",
+        when=lambda f: f.recipe.distributed.zero_stage == 1 and f.tuning.rotates,
+        what="tuning.method: {tuning} does not work with state that is split over devices",
+        because="only the weights whose turn it is have state",
+        instead="set zero_stage: 0",
+        also=(("distributed.zero_stage", "splits state"),),
+        bad={"tuning": {"method": "hift"}, "distributed": {"zero_stage": 1}},
+        good={"tuning": {"method": "hift"}, "distributed": {"zero_stage": 0}},
+    ),
+    Rule(
         id="sharding-fp16",
         at="training.fp16",
-        when=lambda f: _splits(f) and f.recipe.training.fp16 is True,
-        what="float16 does not work with weights that are split over devices",
-        because="whether a scaled loss overflowed, each device would find of its own rows alone",
+        when=lambda f: _shares(f) and f.recipe.training.fp16 is True,
+        what="float16 does not work where devices have some rows of each weight",
+        because="whether a scaled loss overflowed, each would find of its own rows alone",
         instead="set bf16: true and fp16: false",
-        also=(("distributed.zero_stage", "splits weights"),),
+        also=(("distributed.zero_stage", "gives each device some rows"),),
         bad={"training": {"fp16": True}, "distributed": {"zero_stage": 3}},
         good={"training": {"bf16": True}, "distributed": {"zero_stage": 3}},
     ),
@@ -94,7 +129,7 @@ RULES: tuple[Rule, ...] = (
         what="torch_compile is not checked with weights that are split over devices",
         because="a graph across layers would hold what is gathered for one of them",
         instead="set torch_compile: false; or zero_stage: 0",
-        also=(("distributed.zero_stage", "splits weights"),),
+        also=_SPLITS,
         bad={"training": {"torch_compile": True}, "distributed": {"zero_stage": 3}},
         good={"training": {"torch_compile": False}, "distributed": {"zero_stage": 3}},
     ),
@@ -105,7 +140,7 @@ RULES: tuple[Rule, ...] = (
         what="a step cannot be made smaller where weights are split over devices",
         because="a device that runs out of memory leaves the others waiting for its rows",
         instead="set on_out_of_memory: stop, and a smaller per_device_train_batch_size",
-        also=(("distributed.zero_stage", "splits weights"),),
+        also=_SPLITS,
         bad={"training": {"on_out_of_memory": "shrink"}, "distributed": {"zero_stage": 3}},
         good={"training": {"on_out_of_memory": "stop"}, "distributed": {"zero_stage": 3}},
     ),
@@ -115,8 +150,8 @@ RULES: tuple[Rule, ...] = (
         when=lambda f: _splits(f) and _interleaves(f),
         what="accumulate: forward does not work with weights that are split over devices",
         because="the graphs of several micro-batches would each want a layer's weights at another time",
-        instead="set optim_args: {accumulate: buffer}",
-        also=(("distributed.zero_stage", "splits weights"),),
+        instead="set optim_args: {{accumulate: buffer}}",
+        also=_SPLITS,
         bad={
             "training": {"optim": "lomo", "optim_args": {"accumulate": "forward"}, "gradient_accumulation_steps": 2},
             "distributed": {"zero_stage": 3},

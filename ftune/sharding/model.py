@@ -1,7 +1,7 @@
-"""Weights, gradients and state split over ranks: ZeRO's stage 3 (Rajbhandari et al., 2020), by PyTorch's FSDP2.
+"""Weights, gradients and state split over ranks: ZeRO (Rajbhandari et al., 2020), by PyTorch's FSDP2.
 
-A layer's weights are gathered while it runs, forward and backward, and its gradients reach each rank already averaged,
-as its own rows. Between steps a rank of N holds one N-th of everything.
+Gradients reach each rank already averaged, as its own rows, and between steps a rank of N holds one N-th of everything.
+Stage 3 gathers a layer's weights while it runs, forward and again backward; stage 2 keeps them in between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ftune.blocks import blocks_of
@@ -30,10 +30,10 @@ class Held:
     every: int
 
 
-def split(model: Any, device_type: str) -> Any:
+def split(model: Any, device_type: str, *, stage: int) -> Any:
     """Return a model of which each rank holds its rows; raises RecipeError where it cannot be split.
 
-    Every rank has loaded the same whole weights, of which it keeps its part.
+    Every rank has loaded the same whole weights, of which it keeps its part. `stage` is ZeRO's, 2 or 3.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     scalar = next((name for name, weight in inner.named_parameters() if weight.dim() == 0), None)
@@ -42,11 +42,17 @@ def split(model: Any, device_type: str) -> Any:
         raise RecipeError(Problem("sharding-scalar", what, fix="set distributed.zero_stage: 0"))
     mesh = init_device_mesh(device_type, (distributed.get_world_size(),))
     for block in blocks_of(inner):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # The innermost model, which `generate` calls without the adapter around it. Its own weights (embeddings, head) are
-    # let go after forward too: kept, they would be stale once something beside a backward has moved the rows.
-    fully_shard(inner, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=stage == 3)
+    # The innermost model, which `generate` calls without the adapter around it; its own weights are the ends.
+    fully_shard(inner, mesh=mesh, reshard_after_forward=stage == 3)
     return model
+
+
+def let_go(model: Any) -> None:
+    """Free the weights that a forward without a backward has gathered: they would be stale once their rows move."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_split(weight: Any) -> bool:
@@ -79,16 +85,21 @@ def add_up(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Moved:
-    """What an optimizer is given in place of weights that are split: ordinary tensors with this rank's rows of them."""
+    """What an optimizer is given in place of weights of which it moves some rows: ordinary tensors, these rows.
 
-    def __init__(self) -> None:
+    They share the memory of split weights, or of whole ones of which ranks share the work (ZeRO's stage 1).
+    """
+
+    def __init__(self, *, rank: int = 0, ranks: int = 1) -> None:
+        """`ranks` share the work on weights that are whole."""
+        self._rank, self._ranks = rank, ranks
         self._pairs: list[tuple[torch.Tensor, torch.nn.Parameter]] = []
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return what stands for a weight: it shares the memory of its rows, and says whose they are."""
-        if not is_split(weight):
+        """Return what stands for a weight, which says whose it is; the weight itself where all of it is this rank's."""
+        if not is_split(weight) and self._ranks == 1:
             return weight
-        rows = torch.nn.Parameter(local(weight.detach()))
+        rows = torch.nn.Parameter(self._own(weight.detach()))
         rows.copy_of = weight  # type: ignore[attr-defined]
         self._pairs.append((weight, rows))
         return rows
@@ -97,12 +108,32 @@ class Moved:
         """Give the rows the gradients that backward left at the weights, which share their memory."""
         for weight, rows in self._pairs:
             # Once, before its first forward, FSDP may put a weight's rows elsewhere.
-            rows.data = local(weight.detach())
-            rows.grad = None if weight.grad is None else local(weight.grad)
+            rows.data = self._own(weight.detach())
+            rows.grad = None if weight.grad is None else self._own(weight.grad)
 
-    def drop_gradients(self) -> None:
-        for _, rows in self._pairs:
+    def moved(self) -> None:
+        """Let go of the gradients, and let every rank have the rows of whole weights that others have moved."""
+        for weight, rows in self._pairs:
             rows.grad = None
+            if not is_split(weight):
+                _gather_rows(weight.detach(), self._rank, self._ranks)
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        if is_split(tensor):
+            return local(tensor)
+        first, end = (start_of(len(tensor), rank, self._ranks) for rank in (self._rank, self._rank + 1))
+        return tensor[first:end]
+
+
+def _gather_rows(weight: torch.Tensor, rank: int, ranks: int) -> None:
+    """Fill a whole weight with the rows of each rank."""
+    starts = [start_of(len(weight), each, ranks) for each in range(ranks + 1)]
+    if len(weight) % ranks == 0 and weight.is_contiguous():
+        distributed.all_gather_into_tensor(weight, weight[starts[rank] : starts[rank + 1]].clone())
+        return
+    for each in range(ranks):
+        if starts[each] < starts[each + 1]:
+            distributed.broadcast(weight[starts[each] : starts[each + 1]], src=each)
 
 
 def clip(weights: Iterable[torch.Tensor], most: float) -> torch.Tensor:

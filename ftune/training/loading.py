@@ -109,14 +109,17 @@ def ready(spec: RunSpec, model: Any, data: Prepared, collator: Collator, shown: 
 def shared_out(spec: RunSpec, model: Any, arguments: Any, shown: progress.Progress) -> Any:
     """Return the model with its weights split over the ranks, where the recipe asks for it; say what holds it."""
     ranks = arguments.world_size
-    if spec.recipe.distributed.splits_weights and ranks > 1:
-        model = split(model, arguments.device.type)
-    if ranks > 1:
-        counted, engine = held(model), spec.recipe.distributed.engine
-        part = f"{format_count(counted.own)} of {format_count(counted.every)} weights"
-        shown.say(f"{engine} over {ranks} ranks: this one holds {part}")
-    elif spec.recipe.distributed.splits_weights:
-        shown.say("there is one process, which holds all weights: nothing is split")
+    distributed = spec.recipe.distributed
+    if ranks == 1:
+        if distributed.zero_stage > 0:
+            shown.say("there is one process, which holds everything: nothing is split")
+        return model
+    if distributed.splits_weights:
+        model = split(model, arguments.device.type, stage=distributed.zero_stage)
+    counted = held(model)
+    part = f"{format_count(counted.own)} of {format_count(counted.every)} weights"
+    state = f", and of the optimizer's state one part in {ranks}" if distributed.zero_stage > 0 else ""
+    shown.say(f"{distributed.engine} over {ranks} ranks: this one holds {part}{state}")
     return model
 
 

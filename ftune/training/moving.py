@@ -28,7 +28,7 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
     is_split: bool
     """Whether ranks share each weight; otherwise each has all of it."""
     shares: int
-    """How many ranks share a weight."""
+    """How many ranks share the optimizer's state of each weight."""
     share: int
     """Which of them this is."""
 
@@ -37,9 +37,10 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         # Noted before the first step: where weights move in turn, only those of the coming step require a gradient.
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.is_split = any(is_split(weight) for weight in self.model.parameters())
-        self.shares = self.accelerator.num_processes if self.is_split else 1
-        self.share = self.args.process_index if self.is_split else 0
-        self._moved = Moved()
+        shared = self.recipe.distributed.zero_stage > 0
+        self.shares = self.accelerator.num_processes if shared else 1
+        self.share = self.args.process_index if shared else 0
+        self._moved = Moved(rank=self.share, ranks=self.shares)
         if self._reduces_itself:
             # Not wrapped: DistributedDataParallel keeps every gradient, wants the same weights trained each time, and
             # has ranks wait for each other inside backward, where one may fail.
@@ -72,6 +73,10 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         if self.is_split:
             self._moved.take_gradients()
             return
+        self._average()
+        self._moved.take_gradients()
+
+    def _average(self) -> None:
         if self.method.gradients in STEPS or not self._reduces_itself or self.accelerator.num_processes == 1:
             return
         for weight in self.model.parameters():
@@ -105,8 +110,8 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
                 )
             else:
                 self.optimizer = build(groups)
-            if self.is_split:
-                self.optimizer.register_step_post_hook(lambda *_: self._moved.drop_gradients())
+            if self.shares > 1:
+                self.optimizer.register_step_post_hook(lambda *_: self._moved.moved())
         return self.optimizer
 
     def _groups(self) -> list[dict[str, Any]]:

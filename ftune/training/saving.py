@@ -103,7 +103,7 @@ class SavingTrainer(ShrinkingTrainer):
             if self.args.should_save:
                 self._save(str(folder))
                 write_base(self.model, folder, self.recipe)
-        if self.args.should_save or self.is_split:
+        if self.args.should_save or self.shares > 1:
             write_state(self.own_optimizer, folder, rank=self.share, ranks=self.shares)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)

@@ -21,7 +21,7 @@ from ftune import plugin, rundir
 from ftune.errors import Problem, RunError
 from ftune.losses import IGNORED
 from ftune.recipe.schema import Recipe
-from ftune.sharding.model import engine_in_use
+from ftune.sharding.model import engine_in_use, let_go
 from ftune.training.callbacks import StopOnRequest
 from ftune.training.meter import Meter, losses_by_source, peak_memory_bytes
 from ftune.training.saving import SavingTrainer
@@ -168,6 +168,8 @@ class FtuneTrainer(SavingTrainer):
         finally:
             random.setstate(states[0])
             numpy.random.set_state(states[1])
+            if self.is_split:
+                let_go(self.model)
             self.meter.start_clock()
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from training_runs import ROOT, losses, metrics, recipe, rows_file, weights
 
 import ftune
-from training_runs import ROOT, losses, metrics, recipe, rows_file, weights
 
 ADAMW = {"optim": "adamw_torch", "max_grad_norm": 1.0}
 
@@ -55,9 +55,7 @@ def values_of(
     """Return a recipe whose steps take 8 rows, on however many ranks."""
     settings = {"per_device_train_batch_size": 8 // ranks, "save_strategy": "steps", "save_steps": 2, **training}
     distributed = {"zero_stage": 3} if ranks > 1 else {}
-    return recipe(
-        model, rows, output, data={"eval": str(rows)}, training=settings, distributed=distributed, **sections
-    )
+    return recipe(model, rows, output, data={"eval": str(rows)}, training=settings, distributed=distributed, **sections)
 
 
 def equal_runs(one: Path, two: Path, *, rel: float = 1e-5) -> None:
@@ -179,7 +177,9 @@ def plugin_accumulates(training: dict[str, Any]) -> bool:
     return optimizer.accumulates(optimizer.Options(**training.get("optim_args", {})))
 
 
-def test_what_cannot_be_split_is_refused_before_anything_is_loaded(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_split_is_refused_before_anything_is_loaded(
+    tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
     for training, tuning in (({"optim": "muon"}, {}), ({"optim": "adamw_torch"}, {"method": "hift"})):
         values = values_of(tiny_model, rows, tmp_path / "run", ranks=2, training=training, tuning=tuning)
         problems = ftune.check(values)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training_runs import ROOT
 
 from ftune import plugin
 from ftune.plugin import Sharding
 from ftune.sharding.model import start_of
-from training_runs import ROOT
 
-SPLIT = sorted(name for name in plugin.names(plugin.OPTIMIZERS) if plugin.optimizer(name).sharding is not Sharding.WHOLE)
+SPLIT = sorted(name for name in plugin.names(plugin.OPTIMIZERS) if plugin.optimizer(name).sharding != Sharding.WHOLE)
+CASES = [(name, 3) for name in SPLIT] + [(name, stage) for stage in (1, 2) for name in ("adamw_torch", "adamw_8bit")]
+"""Optimizers, and ZeRO's stages."""
 
 SCRIPT = """
 import json, sys
@@ -39,14 +41,14 @@ def loss_of(model, ids):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
-def train(name, model, shared, rank, ranks):
-    facts = plugin.optimizer(name)
+def train(name, model, stage, rank, ranks):
+    facts, shared = plugin.optimizer(name), stage > 0
     arguments = {"min_8bit_size": 64} if "8bit" in name else {}
-    options, moved = facts.Options(**arguments), Moved()
+    options, moved = facts.Options(**arguments), Moved(rank=rank, ranks=ranks) if shared else Moved()
     fused = facts.gradients is Gradients.FUSED
     setting = Setting(model=model, max_grad_norm=0.5, add_up=add_up if shared else None, rank=rank if shared else 0)
     weights = [weight if fused else moved.of(weight) for weight in model.parameters()]
-    rate = 0.5 if name in ("sgd", "lomo") else 1e-2
+    rate = 0.5 if name in ("sgd", "lomo") else 1e-3 if "lion" in name else 1e-2
     optimizer = facts.build([{"params": weights, "weight_decay": 0.1}], learning_rate=rate, options=options,
                             setting=setting)
     noise, norms = torch.Generator().manual_seed(1), []
@@ -61,12 +63,15 @@ def train(name, model, shared, rank, ranks):
             norms.append(float(optimizer.grad_norm))
         else:
             loss.backward()
+            if stage == 1:
+                for weight in model.parameters():
+                    add_up(weight.grad).div_(ranks)
             moved.take_gradients()
-            norms.append(float(clip(model.parameters(), 0.5) if shared else
+            norms.append(float(clip(model.parameters(), 0.5) if stage > 1 else
                                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
         model.zero_grad()
-        moved.drop_gradients()
+        moved.moved()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
     state = [each for values in optimizer.state.values() for each in values.values() if isinstance(each, torch.Tensor)]
@@ -77,15 +82,15 @@ def main():
     distributed.init_process_group("gloo")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     found = {}
-    for name in sys.argv[2:]:
+    for case in sys.argv[2:]:
+        name, stage = case.rsplit("-", 1)[0], int(case.rsplit("-", 1)[1])
         alone, together = make_model(), make_model()
-        whole_before = held(alone)
-        norms, state = train(name, alone, False, rank, ranks)
-        together = split(together, "cpu")
+        norms, state = train(name, alone, 0, rank, ranks)
+        together = split(together, "cpu", stage=stage) if stage > 1 else together
         part = held(together)
-        split_norms, split_state = train(name, together, True, rank, ranks)
+        split_norms, split_state = train(name, together, stage, rank, ranks)
         apart = max(
-            float((one - two.full_tensor()).abs().max())
+            float((one - (two.full_tensor() if stage > 1 else two)).abs().max())
             for one, two in zip(alone.parameters(), together.parameters(), strict=True)
         )
         with whole(together) as first:
@@ -94,8 +99,8 @@ def main():
                 torch.allclose(one, two, atol=1e-4)
                 for one, two in zip(alone.state_dict().values(), together.state_dict().values(), strict=True)
             )
-        found[name] = dict(apart=apart, norms=norms, split_norms=split_norms, state=state, split_state=split_state,
-                           own=part.own, every=part.every, before=whole_before.own, written=written,
+        found[case] = dict(apart=apart, norms=norms, split_norms=split_norms, state=state, split_state=split_state,
+                           own=part.own, every=part.every, written=written,
                            names=names == list(alone.state_dict()))
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
@@ -113,7 +118,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
-        [*command, str(folder / "script.py"), str(folder), *SPLIT],
+        [*command, str(folder / "script.py"), str(folder), *(f"{name}-{stage}" for name, stage in CASES)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -125,30 +130,33 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("name", SPLIT)
-def test_rows_move_as_whole_weights_do(name: str, found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_rows_move_as_whole_weights_do(name: str, stage: int, found: list[dict[str, Any]]) -> None:
     """The two differ in the order of sums alone; 8-bit state has other blocks, whose rounding moves a step by less than
     the rate."""
     for rank in found:
-        assert rank[name]["apart"] < (2e-2 if "8bit" in name else 2e-5)
-        assert rank[name]["split_norms"] == pytest.approx(rank[name]["norms"], rel=2e-2 if "8bit" in name else 1e-5)
+        case = rank[f"{name}-{stage}"]
+        assert case["apart"] < (2e-2 if "8bit" in name else 2e-5)
+        assert case["split_norms"] == pytest.approx(case["norms"], rel=2e-2 if "8bit" in name else 1e-5)
 
 
-@pytest.mark.parametrize("name", SPLIT)
-def test_a_rank_holds_its_part(name: str, found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_a_rank_holds_its_part(name: str, stage: int, found: list[dict[str, Any]]) -> None:
     """Of weights and of state; what a matrix's columns have in common every rank has."""
-    ranks = len(found)
-    assert sum(rank[name]["own"] for rank in found) == found[0][name]["before"] == found[0][name]["every"]
+    ranks, case = len(found), f"{name}-{stage}"
+    every = found[0][case]["every"]
+    assert sum(rank[case]["own"] for rank in found) == every * (ranks if stage == 1 else 1)
     for rank in found:
-        assert rank[name]["own"] <= rank[name]["every"] / ranks * 1.05
-        if plugin.optimizer(name).sharding is Sharding.ROWS and rank[name]["state"]:
-            assert rank[name]["split_state"] <= rank[name]["state"] / ranks * 1.15
+        assert rank[case]["own"] <= (every if stage == 1 else every / ranks * 1.05)
+        if plugin.optimizer(name).sharding is Sharding.ROWS and rank[case]["state"]:
+            assert rank[case]["split_state"] <= rank[case]["state"] / ranks * 1.15
 
 
 def test_the_first_rank_writes_whole_weights(found: list[dict[str, Any]]) -> None:
-    for name in SPLIT:
-        assert found[0][name]["names"]
-        assert "8bit" in name or found[0][name]["written"]
+    for name, stage in CASES:
+        case = found[0][f"{name}-{stage}"]
+        assert case["names"]
+        assert "8bit" in name or case["written"]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 7, 12])
@@ -157,4 +165,4 @@ def test_rows_begin_where_torch_cuts(rows: int, ranks: int) -> None:
     chunks = torch.arange(rows).chunk(ranks) if rows else ()
     lengths = [*(len(chunk) for chunk in chunks), *[0] * (ranks - len(chunks))]
     starts = [start_of(rows, rank, ranks) for rank in range(ranks + 1)]
-    assert [end - start for start, end in zip(starts, starts[1:], strict=False)] == lengths
+    assert [end - start for start, end in itertools.pairwise(starts)] == lengths
