@@ -27,9 +27,9 @@ class Gradients(enum.Enum):
 class Sharding(enum.Enum):
     """What ranks may do that have only some rows of each weight."""
 
-    ROWS = "each element moves by its own gradient: any rows will do"
-    SUMS = "rows will do, where statistics are added up over the ranks"
-    WHOLE = "a step needs the whole of each weight"
+    ROWS = "each element of a weight moves by its own gradient"
+    SUMS = "statistics of rows and columns are added up over them"
+    WHOLE = "a step needs the whole of each weight, so none is split"
 
 
 @dataclass(frozen=True)

@@ -215,9 +215,12 @@ def _method_page(package: str, name: str) -> str:
         note = f" ({found.state_bytes_note})" if found.state_bytes_note else ""
         lines += ["", f"* Gradients: {found.gradients.value}."]
         lines.append(f"* Optimizer state: {found.state_bytes_per_parameter:g} bytes per trained weight{note}.")
+        lines.append(f"* Over several devices: {found.sharding.value}.")
         lines.append(f"* `learning_rate: auto` is {found.default_learning_rate:g}: {found.learning_rate_reason}.")
         if (rate := found.default_adapter_learning_rate) is not None:
             lines.append(f"* `learning_rate: auto` of an adapter is {rate:g}: {found.adapter_learning_rate_reason}.")
+    if isinstance(found, plugin.Tuning) and not found.splits:
+        lines += ["", f"* Not split over devices: {found.split_note}."]
     if isinstance(found, plugin.Format):
         lines += ["", f"* A row: `{found.columns}`"]
     if isinstance(found, plugin.Export):
