@@ -71,9 +71,12 @@ def plan_of(
 ) -> MemoryPlan:
     """Return the plan of a decided run; of the rows that `trace` is told, or of the largest that the recipe allows."""
 
-    if spec.recipe.distributed.splits_weights:
-        fix = "set distributed.zero_stage: 0 for the plan of a device that holds everything, not only its part"
-        raise RecipeError(Problem("plan-sharded", "a model that is split over devices is not planned yet", fix=fix))
+    shared = spec.recipe.distributed
+    if shared.zero_stage > 0 or shared.offload_optimizer != "none":
+        fix = "set zero_stage: 0 and offload_optimizer: none for the plan of a device that holds everything"
+        raise RecipeError(
+            Problem("plan-sharded", "what devices share, or keep on the host, is not planned yet", fix=fix)
+        )
 
     def trace_of(layers: int | None) -> Trace:
         def taken(few: RunSpec) -> Trace:

@@ -11,6 +11,10 @@ def _shares(facts: Facts) -> bool:
     return facts.recipe.distributed.zero_stage > 0
 
 
+def _offloads(facts: Facts) -> bool:
+    return facts.recipe.distributed.offload_optimizer == "cpu"
+
+
 def _splits(facts: Facts) -> bool:
     return facts.recipe.distributed.splits_weights
 
@@ -57,14 +61,40 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="offload-not-available",
+        at="distributed.offload_param",
+        when=lambda f: f.recipe.distributed.offload_param != "none" or f.recipe.distributed.offload_optimizer == "nvme",
+        what="this version of ftune keeps weights on the devices, and nothing on a disk",
+        because="what it moves is the optimizer's state, to the host: offload_optimizer: cpu",
+        instead="set offload_param: none and offload_optimizer: cpu; zero_stage: 3 splits weights over devices",
+        also=(("distributed.offload_optimizer", "says where state waits"),),
+        bad={"distributed": {"offload_param": "cpu"}},
+        good={"distributed": {"offload_optimizer": "cpu"}},
+    ),
+    Rule(
+        id="offload-optimizer",
         at="distributed.offload_optimizer",
-        when=lambda f: (f.recipe.distributed.offload_optimizer, f.recipe.distributed.offload_param) != ("none", "none"),
-        what="nothing can be moved to the host in this version of ftune",
-        because="it has no engine that does so",
-        instead="set offload_optimizer: none and offload_param: none; tuning.method: hift keeps state on the host",
-        also=(("distributed.offload_param", "moves weights"),),
-        bad={"distributed": {"offload_optimizer": "cpu"}},
-        good={"distributed": {"offload_optimizer": "none"}},
+        when=lambda f: (
+            _offloads(f)
+            and (f.optimizer.gradients is not Gradients.KEPT or f.optimizer.averages or f.optimizer.pages_state)
+        ),
+        what="offload_optimizer: cpu does not work with optim: {optim}",
+        because="gradients go to the host at a step's end, and {optim} keeps none until then, moves its state itself, or "
+        "changes weights at other times",
+        instead="set offload_optimizer: none, or optim: adamw_torch",
+        also=(("training.optim", "moves weights"),),
+        bad={"training": {"optim": "lomo"}, "distributed": {"offload_optimizer": "cpu"}},
+        good={"training": {"optim": "adamw_torch"}, "distributed": {"offload_optimizer": "cpu"}},
+    ),
+    Rule(
+        id="offload-tuning",
+        at="distributed.offload_optimizer",
+        when=lambda f: _offloads(f) and f.tuning.rotates,
+        what="offload_optimizer: cpu does not work with tuning.method: {tuning}",
+        because="the state of weights that wait for their turn is on the host already",
+        instead="set offload_optimizer: none",
+        also=(("tuning.method", "moves weights in turn"),),
+        bad={"tuning": {"method": "hift"}, "distributed": {"offload_optimizer": "cpu"}},
+        good={"tuning": {"method": "hift"}, "distributed": {"offload_optimizer": "none"}},
     ),
     Rule(
         id="sharding-optimizer",
@@ -114,9 +144,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="sharding-fp16",
         at="training.fp16",
-        when=lambda f: _shares(f) and f.recipe.training.fp16 is True,
-        what="float16 does not work where devices have some rows of each weight",
-        because="whether a scaled loss overflowed, each would find of its own rows alone",
+        when=lambda f: (_shares(f) or _offloads(f)) and f.recipe.training.fp16 is True,
+        what="float16 does not work where an optimizer moves copies, or some rows, of weights",
+        because="whether a scaled loss overflowed is looked for in gradients, and it has those only after clipping",
         instead="set bf16: true and fp16: false",
         also=(("distributed.zero_stage", "gives each device some rows"),),
         bad={"training": {"fp16": True}, "distributed": {"zero_stage": 3}},

@@ -84,58 +84,6 @@ def add_up(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Moved:
-    """What an optimizer is given in place of weights of which it moves some rows: ordinary tensors, these rows.
-
-    They share the memory of split weights, or of whole ones of which ranks share the work (ZeRO's stage 1).
-    """
-
-    def __init__(self, *, rank: int = 0, ranks: int = 1) -> None:
-        """`ranks` share the work on weights that are whole."""
-        self._rank, self._ranks = rank, ranks
-        self._pairs: list[tuple[torch.Tensor, torch.nn.Parameter]] = []
-
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return what stands for a weight, which says whose it is; the weight itself where all of it is this rank's."""
-        if not is_split(weight) and self._ranks == 1:
-            return weight
-        rows = torch.nn.Parameter(self._own(weight.detach()))
-        rows.copy_of = weight  # type: ignore[attr-defined]
-        self._pairs.append((weight, rows))
-        return rows
-
-    def take_gradients(self) -> None:
-        """Give the rows the gradients that backward left at the weights, which share their memory."""
-        for weight, rows in self._pairs:
-            # Once, before its first forward, FSDP may put a weight's rows elsewhere.
-            rows.data = self._own(weight.detach())
-            rows.grad = None if weight.grad is None else self._own(weight.grad)
-
-    def moved(self) -> None:
-        """Let go of the gradients, and let every rank have the rows of whole weights that others have moved."""
-        for weight, rows in self._pairs:
-            rows.grad = None
-            if not is_split(weight):
-                _gather_rows(weight.detach(), self._rank, self._ranks)
-
-    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        if is_split(tensor):
-            return local(tensor)
-        first, end = (start_of(len(tensor), rank, self._ranks) for rank in (self._rank, self._rank + 1))
-        return tensor[first:end]
-
-
-def _gather_rows(weight: torch.Tensor, rank: int, ranks: int) -> None:
-    """Fill a whole weight with the rows of each rank."""
-    starts = [start_of(len(weight), each, ranks) for each in range(ranks + 1)]
-    if len(weight) % ranks == 0 and weight.is_contiguous():
-        distributed.all_gather_into_tensor(weight, weight[starts[rank] : starts[rank + 1]].clone())
-        return
-    for each in range(ranks):
-        if starts[each] < starts[each + 1]:
-            distributed.broadcast(weight[starts[each] : starts[each + 1]], src=each)
-
-
 def clip(weights: Iterable[torch.Tensor], most: float) -> torch.Tensor:
     """Scale the gradients of split weights down to a global norm, as `clip_grad_norm_` does; return it as it was.
 

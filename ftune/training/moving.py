@@ -16,7 +16,8 @@ from ftune import plugin
 from ftune.data.batches import PlannedBatches, batches_of
 from ftune.data.sequences import Sequences
 from ftune.recipe.schema import Recipe
-from ftune.sharding.model import Moved, add_up, all_finite, clip, is_split
+from ftune.sharding.model import add_up, all_finite, clip, is_split
+from ftune.sharding.moved import Moved
 from ftune.training.steps import STEPS
 
 
@@ -40,7 +41,8 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
         shared = self.recipe.distributed.zero_stage > 0
         self.shares = self.accelerator.num_processes if shared else 1
         self.share = self.args.process_index if shared else 0
-        self._moved = Moved(rank=self.share, ranks=self.shares)
+        on_host = self.recipe.distributed.offload_optimizer == "cpu"
+        self._moved = Moved(rank=self.share, ranks=self.shares, on_host=on_host)
         if self._reduces_itself:
             # Not wrapped: DistributedDataParallel keeps every gradient, wants the same weights trained each time, and
             # has ranks wait for each other inside backward, where one may fail.
@@ -70,14 +72,8 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
 
     def average_gradients(self) -> None:
         """Average over the ranks what DistributedDataParallel, where it is in use, has averaged already."""
-        if self.is_split:
-            self._moved.take_gradients()
-            return
-        self._average()
-        self._moved.take_gradients()
-
-    def _average(self) -> None:
-        if self.method.gradients in STEPS or not self._reduces_itself or self.accelerator.num_processes == 1:
+        averaged = self.is_split or self.method.gradients in STEPS or not self._reduces_itself
+        if averaged or self.accelerator.num_processes == 1:
             return
         for weight in self.model.parameters():
             if weight.grad is not None:
@@ -110,8 +106,9 @@ class MovingTrainer(Trainer):  # type: ignore[misc]
                 )
             else:
                 self.optimizer = build(groups)
-            if self.shares > 1:
-                self.optimizer.register_step_post_hook(lambda *_: self._moved.moved())
+            # After clipping, which goes over the model's own gradients.
+            self.optimizer.register_step_pre_hook(lambda *_: self._moved.take_gradients())
+            self.optimizer.register_step_post_hook(lambda *_: self._moved.moved())
         return self.optimizer
 
     def _groups(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training_runs import ROOT, losses, metrics, recipe, rows_file, weights
+from training_runs import ROOT, losses, metrics, recipe, rows_file, same_bits, weights
 
 import ftune
 
@@ -175,6 +175,43 @@ def plugin_accumulates(training: dict[str, Any]) -> bool:
 
     optimizer = plugin.optimizer(training["optim"])
     return optimizer.accumulates(optimizer.Options(**training.get("optim_args", {})))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "muon"])
+def test_state_on_the_host_changes_no_bit(optim: str, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    """With one process, and clipping, which has to come before gradients go to the host."""
+    training = {"optim": optim, "max_grad_norm": 0.5, "save_strategy": "no"}
+    for name, place in (("device", "none"), ("host", "cpu")):
+        values = values_of(tiny_model, rows, tmp_path / name, ranks=1, training=training)
+        ftune.train({**values, "distributed": {"offload_optimizer": place}})
+    assert losses(tmp_path / "host") == losses(tmp_path / "device")
+    assert same_bits(weights(tmp_path / "host"), weights(tmp_path / "device"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_with_state_on_the_host(stage: int, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    ftune.train(values_of(tiny_model, rows, one, ranks=1, training=ADAMW))
+    values = values_of(tiny_model, rows, two, ranks=2, training=ADAMW)
+    values["distributed"] = {"zero_stage": stage, "offload_optimizer": "cpu"}
+    start(2, "train", written(tmp_path, values), "--plain")
+    equal_runs(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("tuning", [{}, {"method": "lora"}], ids=str)
+def test_other_stages(stage: int, tuning: dict[str, Any], tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    ftune.train(values_of(tiny_model, rows, one, ranks=1, training=ADAMW, tuning=tuning))
+    values = values_of(tiny_model, rows, two, ranks=2, training=ADAMW, tuning=tuning)
+    values["distributed"] = {"zero_stage": stage}
+    start(2, "train", written(tmp_path, values), "--plain")
+    equal_runs(one, two)
+    copy = cut_back(two, tmp_path / "copy", 2)
+    start(1, "resume", str(copy), "--plain")
+    equal_runs(one, copy)
 
 
 def test_what_cannot_be_split_is_refused_before_anything_is_loaded(

@@ -30,7 +30,8 @@ from torch import distributed
 
 from ftune import plugin
 from ftune.plugin import Gradients, Setting, Sharding
-from ftune.sharding.model import Moved, add_up, clip, held, local, split, whole
+from ftune.sharding.model import add_up, clip, held, split, whole
+from ftune.sharding.moved import Moved
 from conftest import make_model
 
 STEPS, ROWS, LENGTH = 4, 6, 12
