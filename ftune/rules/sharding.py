@@ -78,8 +78,8 @@ RULES: tuple[Rule, ...] = (
             and (f.optimizer.gradients is not Gradients.KEPT or f.optimizer.averages or f.optimizer.pages_state)
         ),
         what="offload_optimizer: cpu does not work with optim: {optim}",
-        because="gradients go to the host at a step's end, and {optim} keeps none until then, moves its state itself, or "
-        "changes weights at other times",
+        because="gradients go to the host at a step's end, and {optim} keeps none, moves its state itself, or changes "
+        "weights at other times",
         instead="set offload_optimizer: none, or optim: adamw_torch",
         also=(("training.optim", "moves weights"),),
         bad={"training": {"optim": "lomo"}, "distributed": {"offload_optimizer": "cpu"}},
