@@ -75,7 +75,9 @@ def train(name, model, stage, rank, ranks):
         moved.moved()
     if hasattr(optimizer, "eval"):
         optimizer.eval()
-    state = [each for values in optimizer.state.values() for each in values.values() if isinstance(each, torch.Tensor)]
+    # The table of what the codes of 8 bits stand for is one for all weights.
+    state = [each for values in optimizer.state.values() for key, each in values.items()
+             if isinstance(each, torch.Tensor) and not key.startswith("qmap")]
     return norms, sum(each.numel() * each.element_size() for each in state)
 
 
