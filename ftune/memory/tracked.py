@@ -338,7 +338,8 @@ def _inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the tensors that a wrapper (DTensor, a quantised tensor) is made of; of any other, itself."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _inner(getattr(tensor, name))
+            if isinstance(inner := getattr(tensor, name), torch.Tensor):  # and not the ranks that share it
+                yield from _inner(inner)
     else:
         yield tensor
 

@@ -54,6 +54,7 @@ def values_of(
 ) -> dict[str, Any]:
     """Return a recipe whose steps take 8 rows, on however many ranks."""
     settings = {"per_device_train_batch_size": 8 // ranks, "save_strategy": "steps", "save_steps": 2, **training}
+    settings["save_total_limit"] = None
     distributed = {"zero_stage": 3} if ranks > 1 else {}
     return recipe(model, rows, output, data={"eval": str(rows)}, training=settings, distributed=distributed, **sections)
 
@@ -107,7 +108,7 @@ class TestAdamW:
 
     def test_all_ranks_answer_the_prompts_together(self, shared: Path) -> None:
         answers = [json.loads(line) for line in (shared / "samples.jsonl").read_text().splitlines()]
-        assert [answer["when"] for answer in answers] == ["before", "during", "after"]
+        assert [answer["when"] for answer in answers] == ["before", "after"]
 
     def test_a_checkpoint_holds_whole_weights_and_state_in_parts(self, shared: Path) -> None:
         folder = shared / "checkpoints" / "checkpoint-2"
