@@ -135,6 +135,6 @@ def _apply(module: torch.nn.Module, change: Any, recurse: bool = True) -> torch.
     for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
         with torch.no_grad():
             changed = change(tensor)
-        if (changed.dtype, changed.device) != (tensor.dtype, tensor.device):
+        if (changed.dtype, changed.device.type) != (tensor.dtype, tensor.device.type):
             raise NotImplementedError("tensors without numbers are neither moved nor cast by their module")
     return module
