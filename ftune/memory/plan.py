@@ -21,7 +21,7 @@ from ftune.recipe.schema import Training
 from ftune.resolve import RunSpec
 from ftune.training.checkpoint import planned_saves, room_needed
 
-_PARTS: Mapping[Owner, str] = {
+PARTS: Mapping[Owner, str] = {
     Owner.WEIGHT: "weights",
     Owner.GRADIENT: "gradients",
     Owner.OPTIMIZER: "optimizer",
@@ -145,12 +145,14 @@ def planned(
     trace_of: Callable[[int | None], Trace],
     *,
     host_memory_bytes: int = 0,
+    whole: Trace | None = None,
 ) -> MemoryPlan:
     """Return the plan of a run on a GPU; without one, on a processor with so much memory.
 
-    `trace_of` traces the step of the model with a number of layers, or with all that it has (None).
+    `trace_of` traces the step of the model with a number of layers, or with all that it has (None); `whole` is a trace
+    of all, where there is one.
     """
-    traces: dict[int | None, Trace] = {}
+    traces: dict[int | None, Trace] = {} if whole is None else {None: whole}
 
     def traced(layers: int | None) -> Trace:
         if layers not in traces:
@@ -158,11 +160,12 @@ def planned(
         return traces[layers]
 
     layers, every = depth(config), period(config)
-    phases = peaks_of_depth(traced, layers, every=every) if every and layers else peaks_of(traced(None))
+    few = bool(every and layers) and whole is None
+    phases = peaks_of_depth(traced, layers, every=every or 1) if few else peaks_of(traced(None))
     highest = most(phases)
     recipe = spec.recipe
-    rows = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
-    parts = {said: highest.by_owner.get(owner, 0) for owner, said in _PARTS.items()}
+    rows = recipe.training.rows_at_once * recipe.training.gradient_accumulation_steps
+    parts = {said: highest.by_owner.get(owner, 0) for owner, said in PARTS.items()}
     beyond = _beyond(traces, layers, lambda trace: _Beyond.of(trace, gpu, tf32=bool(recipe.training.tf32)))
     allocated = round(highest.size_bytes + beyond.rounding)
     needs = Need(allocated, allocated)

@@ -22,6 +22,7 @@ _AS_FAST = 1.05
 """Times that differ by less are not told apart by a model of time: the recipe with fewer changes is taken."""
 _EACH_PASS = 0.002
 """Part by which a further pass is taken to slow a step where nothing can be timed."""
+_SPENT = "not looked at: enough was tried"
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,29 @@ PlanOf = Callable[[RunSpec], MemoryPlan]
 
 
 class Search:
-    """One search; what was planned is kept, and planned once."""
+    """One search; what was planned is kept, and planned once.
+
+    Where it may make only so many plans, it ends with the best of what was planned until then.
+    """
 
     def __init__(
-        self, situation: Situation, build: Build, plan_of: PlanOf, bound_of: Callable[[RunSpec], int], room: Room
+        self,
+        situation: Situation,
+        build: Build,
+        plan_of: PlanOf,
+        bound_of: Callable[[RunSpec], int],
+        room: Room,
+        most_plans: int | None = None,
     ) -> None:
         self.situation = situation
         self.rows = same_batch(situation)
         self.tried: dict[tuple[str, int], Tried] = {}
         self.left: dict[tuple[str, int | None], Left] = {}
-        self._build, self._plan_of, self._bound_of, self._room = build, plan_of, bound_of, room
+        self.bound_of = bound_of
+        self._build, self._plan_of, self._room = build, plan_of, room
         self._built: dict[tuple[str, int], Candidate | Refused] = {}
         self._plans: dict[str, MemoryPlan] = {}
+        self._most_plans = math.inf if most_plans is None else most_plans
 
     def run(self) -> Tried | None:
         """Return what to take: a comfortable set of changes, else a tight one; None where nothing fits."""
@@ -102,6 +114,14 @@ class Search:
                 found = self._of_tier([options for options in sets if _gives_up(options) == tier], comfortable)
                 if found:
                     return best(found)
+        return None
+
+    def unchanged(self) -> Tried | None:
+        """Return the largest micro-batch that fits without any other change; None where not one row does."""
+        for comfortable in (True, False):
+            found = self._of_set((), comfortable, math.inf)
+            if found:
+                return found[0]
         return None
 
     def candidate(self, options: tuple[Option, ...], rows: int) -> Candidate | Refused:
@@ -121,7 +141,7 @@ class Search:
         if isinstance(plan, Refused) or isinstance(candidate, Refused):
             self.left[key] = Left(options, rows, plan.reason if isinstance(plan, Refused) else "")
             return None
-        changed = len(options) + (rows != self.situation.decided.training.per_device_train_batch_size)
+        changed = len(options) + (rows != self.situation.decided.training.rows_at_once)
         cost = _seconds_per_token(plan) or self._declared_cost(options, rows)
         self.tried[key] = Tried(options, rows, candidate, plan, changed, cost)
         return self.tried[key]
@@ -134,10 +154,17 @@ class Search:
         return self._plans[key]
 
     def _plan_or_why(self, spec: RunSpec) -> MemoryPlan | Refused:
+        if self.is_spent and repr(spec.recipe.as_dict()) not in self._plans:
+            return Refused(_SPENT)
         try:
             return self.plan(spec)
         except RunError as error:
             return Refused(error.problems[0].what)
+
+    @property
+    def is_spent(self) -> bool:
+        """Return whether no further plan may be made."""
+        return len(self._plans) >= self._most_plans
 
     def _of_tier(self, sets: list[tuple[Option, ...]], comfortable: bool) -> list[Tried]:
         found: list[Tried] = []
@@ -155,6 +182,9 @@ class Search:
 
     def _of_set(self, options: tuple[Option, ...], comfortable: bool, beat: float) -> list[Tried]:
         """Return the largest micro-batch that fits, and the recipe's own where that fits too."""
+        if self.is_spent and not any(_key(options) == key for key, _ in self.tried):
+            self.left[_key(options), None] = Left(options, None, _SPENT)
+            return []
         rows = []
         for count in self.rows:
             candidate = self.candidate(options, count)
@@ -178,7 +208,7 @@ class Search:
             first = self._largest(options, rows[1:], comfortable)
         if first is None or first.cost > beat * _AS_FAST:
             return [first] if first else []
-        own = self.situation.decided.training.per_device_train_batch_size
+        own = self.situation.decided.training.rows_at_once
         second = self.evaluate(options, own) if own in rows and own < first.rows else None
         return [first, second] if second is not None and second.fits(comfortable) else [first]
 
@@ -201,7 +231,7 @@ class Search:
         """Return why a set need not be traced."""
         candidate = self.candidate(options, rows)
         assert isinstance(candidate, Candidate)
-        bound = self._bound_of(candidate.spec)
+        bound = self.bound_of(candidate.spec)
         if bound > (self._room.comfortable_bytes if comfortable else self._room.tight_bytes):
             return f"weights, gradients and optimizer state alone take {format_bytes(bound)}"
         times = [tried for tried in self.tried.values() if tried.plan.seconds_per_step is not None]

@@ -13,8 +13,9 @@ import pytest
 
 from ftune.memory.ask import machine_with, plan_of, plannable
 from ftune.memory.bounds import Bounds
+from ftune.memory.candidates import built
 from ftune.memory.changes import Situation, check_allowed, combinations, same_batch
-from ftune.memory.fit import built, searched
+from ftune.memory.fit import searched
 from ftune.memory.micro_batches import of_many_passes
 from ftune.memory.peak import peak
 from ftune.memory.plan import MemoryPlan

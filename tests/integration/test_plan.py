@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from training_runs import recipe
+from training_runs import recipe, rows_file
 
 Run = Callable[..., CompletedProcess[str]]
 
@@ -46,6 +46,22 @@ def test_the_answer_as_json(ftune: Run, written: Any, tiny_model: Path) -> None:
     assert plan["parts"]["weights"] == weights
     # Two checkpoints with two moments, and the result.
     assert plan["disk_bytes"] == pytest.approx(2 * 3 * weights + weights, rel=0.01)
+
+
+def test_rows_that_are_left_to_the_plan(ftune: Run, written: Any, tiny_model: Path, tmp_path: Path) -> None:
+    rows_file(tmp_path / "rows.jsonl", 5)
+    path = written(str(tiny_model), per_device_train_batch_size="auto", gradient_accumulation_steps=2)
+    checked = ftune("check", path)
+    assert "training.per_device_train_batch_size = auto" in checked.stdout
+    done = ftune("plan", path, "--gpu", "24GiB", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["tokens_per_step"] == 16 * 250
+    assert {one["key"].rpartition(".")[2]: one["value"] for one in plan["decisions"]} == {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+    }
+    assert "all 16 rows of a step fit at once" in plan["decisions"][0]["why"]
 
 
 def test_what_does_not_fit_exits_with_3(ftune: Run, written: Any, tiny_model: Path) -> None:
