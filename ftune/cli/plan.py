@@ -33,7 +33,7 @@ def plan(
         Path | None, typer.Option(metavar="FILE", help="Write the plan as one HTML page, with all layers followed.")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="How long following one step may take.")
+        float, typer.Option(min=0.001, metavar="SECONDS", help="How long following one step may take.")
     ] = 600,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:

@@ -52,7 +52,9 @@ def choose_rows(
         search.plan(fewest.spec)  # raises where nothing fits because nothing can be traced
     training = (found.candidate if found is not None else fewest).spec.recipe.training
     rows, passes = training.rows_at_once, training.gradient_accumulation_steps
-    why = _why(found, whole) if found is not None else f"not even so few of the {whole} rows of a step fit"
+    why = f"not even so few of the {whole} rows of a step fit"
+    if found is not None:
+        why = _why(found, whole, on_gpu=gpu is not None)
     return Decision(ROWS, rows, why), Decision(PASSES, passes, f"{passes} x {rows} are the {whole} rows of a step")
 
 
@@ -66,10 +68,11 @@ def _fewest(rows: tuple[int, ...], candidate_of: Callable[..., Any]) -> Candidat
     return found
 
 
-def _why(found: Tried, whole: int) -> str:
+def _why(found: Tried, whole: int, *, on_gpu: bool) -> str:
     plan = found.plan
     assert plan.capacity_bytes is not None
-    of = f"{format_bytes(plan.need.high_bytes)} of {format_bytes(plan.capacity_bytes)} that {plan.device} has"
+    owner = f"that {plan.device} has" if on_gpu else "that may be taken here"
+    of = f"{format_bytes(plan.need.high_bytes)} of {format_bytes(plan.capacity_bytes)} {owner}"
     if found.rows == whole:
         return f"all {whole} rows of a step fit at once: {of}"
     return f"of the {whole} rows of a step the most that fit{', tightly' if plan.is_tight else ''}: {of}"

@@ -56,6 +56,8 @@ class MemoryPlan:
     """Of the largest batch that the recipe allows, all its micro-batches together."""
     seconds_per_step: float | None
     """None where the device's speed is not known."""
+    steps: int | None = None
+    """Of the whole run; None where their number depends on how many rows there are."""
     assumed: str = ""
     """What a name that fits several GPUs was taken for."""
 
@@ -83,6 +85,16 @@ class MemoryPlan:
     def tokens_per_second(self) -> float | None:
         return self.tokens_per_step / self.seconds_per_step if self.seconds_per_step else None
 
+    @property
+    def run_seconds(self) -> float | None:
+        """Return how long all steps take, if every row is as long as planned; evaluating and saving come on top."""
+        return self.steps * self.seconds_per_step if self.steps and self.seconds_per_step else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Return for how many hours the run has its GPU to itself."""
+        return None if self.run_seconds is None else self.run_seconds / 3600
+
     def as_json(self) -> dict[str, Any]:
         """Return the answer of `plan --json`."""
         return {
@@ -103,6 +115,9 @@ class MemoryPlan:
             "tokens_per_step": self.tokens_per_step,
             "seconds_per_step": self.seconds_per_step,
             "tokens_per_second": self.tokens_per_second,
+            "steps": self.steps,
+            "run_seconds": self.run_seconds,
+            "gpu_hours": self.gpu_hours,
             "changes": [],
         }
 
@@ -183,6 +198,7 @@ def planned(
         disk_bytes=_on_disk(recipe.training, round(beyond.checkpoint), round(beyond.result)),
         tokens_per_step=rows * recipe.data.max_length,
         seconds_per_step=beyond.seconds or None,
+        steps=recipe.training.max_steps if recipe.training.max_steps > 0 else None,
         assumed=gpu.assumed if gpu is not None else "",
     )
 

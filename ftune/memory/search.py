@@ -118,11 +118,7 @@ class Search:
 
     def unchanged(self) -> Tried | None:
         """Return the largest micro-batch that fits without any other change; None where not one row does."""
-        for comfortable in (True, False):
-            found = self._of_set((), comfortable, math.inf)
-            if found:
-                return found[0]
-        return None
+        return self._fitting((), True, math.inf) or self._fitting((), False, math.inf)
 
     def candidate(self, options: tuple[Option, ...], rows: int) -> Candidate | Refused:
         """Return the recipe with changes, or why it is none."""
@@ -182,9 +178,18 @@ class Search:
 
     def _of_set(self, options: tuple[Option, ...], comfortable: bool, beat: float) -> list[Tried]:
         """Return the largest micro-batch that fits, and the recipe's own where that fits too."""
+        first = self._fitting(options, comfortable, beat)
+        if first is None or first.cost > beat * _AS_FAST:
+            return [first] if first else []
+        own = self.situation.decided.training.rows_at_once
+        second = self.evaluate(options, own) if own < first.rows else None
+        return [first, second] if second is not None and second.fits(comfortable) else [first]
+
+    def _fitting(self, options: tuple[Option, ...], comfortable: bool, beat: float) -> Tried | None:
+        """Return the largest micro-batch that fits; None where none does, or none could be as fast as what fits."""
         if self.is_spent and not any(_key(options) == key for key, _ in self.tried):
             self.left[_key(options), None] = Left(options, None, _SPENT)
-            return []
+            return None
         rows = []
         for count in self.rows:
             candidate = self.candidate(options, count)
@@ -193,24 +198,18 @@ class Search:
             else:
                 rows.append(count)
         if not rows:
-            return []
+            return None
         reason = self._hopeless(options, rows[0], beat, comfortable)
         if reason:
             self.left[_key(options), None] = Left(options, None, reason)
-            return []
+            return None
         first = self.evaluate(options, rows[0])
-        if first is None:
-            return []
-        if not first.fits(comfortable):
-            if first.cost > beat * _AS_FAST:
-                self.left[_key(options), None] = Left(options, None, "slower than what fits")
-                return []
-            first = self._largest(options, rows[1:], comfortable)
-        if first is None or first.cost > beat * _AS_FAST:
-            return [first] if first else []
-        own = self.situation.decided.training.rows_at_once
-        second = self.evaluate(options, own) if own in rows and own < first.rows else None
-        return [first, second] if second is not None and second.fits(comfortable) else [first]
+        if first is None or first.fits(comfortable):
+            return first
+        if first.cost > beat * _AS_FAST:
+            self.left[_key(options), None] = Left(options, None, "slower than what fits")
+            return None
+        return self._largest(options, rows[1:], comfortable)
 
     def _largest(self, options: tuple[Option, ...], rows: list[int], comfortable: bool) -> Tried | None:
         """Return the largest micro-batch that fits, found by halving; `rows` come with the largest first."""

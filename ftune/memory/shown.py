@@ -6,7 +6,7 @@ from typing import TextIO
 
 from ftune.memory.plan import MemoryPlan
 from ftune.resolve import RunSpec
-from ftune.units import format_bytes
+from ftune.units import format_bytes, format_duration
 
 SAID = {
     "logits": "logits and loss",
@@ -60,7 +60,15 @@ def lines_of(plan: MemoryPlan) -> list[str]:
     if plan.seconds_per_step is not None:
         speed = plan.tokens_per_second or 0.0
         lines.append(f"about {plan.seconds_per_step:.2g} s a step, {speed:,.0f} tokens/s (a model, not measured)")
+        lines.append(_course(plan.seconds_per_step, plan.steps))
     return lines
+
+
+def _course(seconds_per_step: float, steps: int | None) -> str:
+    """Return how long a run takes; of one whose steps depend on its rows, a thousand steps of it."""
+    seconds = seconds_per_step * (steps or 1000)
+    said = f"{steps or 1000:,} steps take about {format_duration(seconds)}, {seconds / 3600:.2g} GPU-hours"
+    return said + (", besides evaluating and saving" if steps else "; how many there are depends on the rows")
 
 
 def verdict(plan: MemoryPlan) -> str:

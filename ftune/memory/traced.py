@@ -114,7 +114,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     spec, on_cuda = asked.spec, asked.device == "cuda"
     lengths, fake = asked.lengths or worst_lengths(spec), fake_mode()
     model = skeleton(spec.recipe, config_from(asked.config, layers=asked.layers), fake)
-    tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, keeps_chance=not on_cuda)
+    tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, on_processor=not on_cuda)
     tracked.follow(model)
     evaluated = evaluated_rows(spec, asked.evaluated)
     counted = 2 if turn is None else COUNTED
