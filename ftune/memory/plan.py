@@ -1,7 +1,8 @@
 """What a run needs of a GPU, before it begins: bytes by what they are for, and the time of a step.
 
 Live bytes are counted from the run's own step (`traced`). What a GPU needs beyond them is a model: the caching
-allocator replayed over the same step (`replay`), and the context of the process (`overhead`).
+allocator replayed over the same step (`replay`), where nothing stops it and in the least that it passes with, and the
+context of the process (`overhead`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ftune.memory.gpus import GpuFacts
 from ftune.memory.layers import depth, most, peaks_of, peaks_of_depth, period
 from ftune.memory.overhead import Need, need, with_workspaces
 from ftune.memory.peak import Peak, peak
-from ftune.memory.replay import replay
+from ftune.memory.replay import least_capacity, replay
 from ftune.memory.step_time import step_time
 from ftune.recipe.schema import Training
 from ftune.resolve import RunSpec
@@ -128,8 +129,10 @@ class _Beyond:
 
     rounding: float
     """Bytes by which the allocator rounds requests up."""
+    kept: float
+    """Bytes that it cannot use even where it gives back all that it can: fragments between what is alive."""
     unused: float
-    """Bytes that it reserves and cannot use."""
+    """Bytes that it reserves and cannot use where nothing stops it."""
     host: float
     checkpoint: float
     result: float
@@ -141,11 +144,14 @@ class _Beyond:
         """Without a GPU there is no caching allocator: what a process needs beside its tensors is not planned."""
         on_disk = trace.checkpoint_bytes, trace.model_bytes
         if gpu is None:
-            return _Beyond(0, 0, 0, *on_disk, 0)
-        replayed = replay(with_workspaces(trace.events, gpu.capability))
+            return _Beyond(0, 0, 0, 0, *on_disk, 0)
+        events = with_workspaces(trace.events, gpu.capability)
+        replayed = replay(events)
         seconds = step_time(trace.work, gpu, tf32=tf32).seconds if gpu.has_speed else 0.0
         allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
-        return _Beyond(allocated - peak(trace).size_bytes, reserved - allocated, trace.host_bytes, *on_disk, seconds)
+        least = min(least_capacity(events), reserved)
+        rounding = allocated - peak(trace).size_bytes
+        return _Beyond(rounding, least - allocated, reserved - allocated, trace.host_bytes, *on_disk, seconds)
 
     def at(self, share: float, other: _Beyond) -> _Beyond:
         """Return the figures on the line through these (share 0) and others (share 1)."""
@@ -185,7 +191,7 @@ def planned(
     allocated = round(highest.size_bytes + beyond.rounding)
     needs = Need(allocated, allocated)
     if gpu is not None:
-        needs = need(allocated, round(allocated + beyond.unused), gpu.capability)
+        needs = need(round(allocated + beyond.kept), round(allocated + beyond.unused), gpu.capability)
     return MemoryPlan(
         parts={**parts, "overhead": needs.low_bytes - highest.size_bytes},
         phases={phase: found.size_bytes for phase, found in phases.items()},
