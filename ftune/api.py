@@ -26,14 +26,21 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> list[Problem]:
         return list(error.problems)
 
 
-def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, gpu: str | None = None) -> MemoryPlan:
+def plan(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    gpu: str | None = None,
+    timeout_seconds: float | None = None,
+) -> MemoryPlan:
     """Return what a run needs of a GPU, by name or size, else of this machine; raises ftune.errors.FtuneError.
 
-    A step of the run is traced in a process of its own, which takes seconds.
+    Steps of the run are traced in a process of its own, which takes seconds for each; more than `timeout_seconds` (600)
+    raise RunError.
     """
     from ftune.memory.ask import ask
 
-    return ask(recipe, overrides, gpu=gpu).plan
+    return ask(recipe, overrides, gpu=gpu, timeout_seconds=timeout_seconds).plan
 
 
 def train(

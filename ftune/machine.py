@@ -220,6 +220,13 @@ def _cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_bytes() -> int:
+    """Return the memory that is free now, at most what a container may use."""
+    import psutil  # type: ignore[import-untyped]
+
+    return min(int(psutil.virtual_memory().available), memory_bytes())
+
+
 def memory_bytes() -> int:
     """Return the memory this process may use: the machine's, or less where a container is held to less."""
     try:

@@ -10,6 +10,8 @@ import typer
 if TYPE_CHECKING:
     from ftune.memory.fit import Fit
 
+_FIRST_FIT = "write what fits with --fit --write FILE, then ask for the page of that recipe"
+
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="The recipe file.", metavar="RECIPE")],
@@ -27,6 +29,12 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --fit: write the recipe with the changes.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan as one HTML page, with all layers followed.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="How long following one step may take.")
+    ] = 600,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Predict the peak memory and the time of a step, from the model's config.json alone.
@@ -39,19 +47,28 @@ def plan(
     import sys
 
     from ftune.cli import console
+    from ftune.errors import Problem, RecipeError
     from ftune.memory.ask import ask
     from ftune.memory.shown import show
 
     if fit or write is not None or allow:
         from ftune.memory.fit import fit as search
 
-        _tell(search(recipe, override or (), gpu=gpu, allow=allow or ()), write, as_json=as_json)
+        if html is not None:
+            raise RecipeError(Problem("plan-html", "--html shows one plan, and --fit makes many", fix=_FIRST_FIT))
+        found_fit = search(recipe, override or (), gpu=gpu, allow=allow or (), timeout_seconds=timeout)
+        _tell(found_fit, write, as_json=as_json)
         return
-    found = ask(recipe, override or (), gpu=gpu)
+    found = ask(recipe, override or (), gpu=gpu, timeout_seconds=timeout, whole=html is not None)
+    if html is not None:
+        from ftune.memory import page
+
+        print(f"wrote {page.write(html, found)}", file=sys.stderr)
     if as_json:
-        print(json.dumps(found.plan.as_json(), indent=2))
+        print(json.dumps(found.as_json(), indent=2))
     else:
         console.print_problems(found.problems, stream=sys.stderr)
+        console.print_decisions(found.decisions)
         show(found.spec, found.plan, sys.stdout)
     if found.plan.fits is False:
         raise typer.Exit(3)

@@ -36,5 +36,5 @@ def resume(
             print(line)
         console.print_decisions(continued.spec.decisions)
         sys.stdout.flush()
-    foresee = foresight(machine, plan)
-    run.train(continued.spec, plain=plain, checkpoint=continued.checkpoint, foresee=foresee, force=force)
+    foresees = foresight(continued.spec, machine, plan)
+    run.train(continued.spec, plain=plain, checkpoint=continued.checkpoint, force=force, **foresees)

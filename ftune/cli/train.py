@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from ftune.machine import Machine
-    from ftune.training.foretold import Foresee
+    from ftune.resolve import RunSpec
 
 
 def train(
@@ -60,15 +60,19 @@ def start(
 
     if main_rank:
         directory.create(spec)
-    return run.train(spec, plain=plain, foresee=foresight(machine, plan), force=force)
+    return run.train(spec, plain=plain, force=force, **foresight(spec, machine, plan))
 
 
-def foresight(machine: "Machine", plan: bool | None) -> "Foresee | None":
-    """Return what foretells a run's memory; None where nobody asks for it, and there is no GPU that would fill up."""
-    import functools
+def foresight(spec: "RunSpec", machine: "Machine", plan: bool | None) -> dict[str, Any]:
+    """Return what foretells a run's memory, and what chooses the rows that it leaves open; each where it is wanted.
 
-    if not (machine.device_type == "cuda" if plan is None else plan):
-        return None
-    from ftune.memory.foreseen import foresee
+    Unasked, only a GPU is planned for, which would fill up.
+    """
+    foretells = machine.device_type == "cuda" if plan is None else plan
+    chooses = spec.recipe.training.per_device_train_batch_size == "auto"
+    if not foretells and not chooses:
+        return {}
+    from ftune.memory.foreseen import Foresight
 
-    return functools.partial(foresee, machine=machine)
+    found = Foresight(machine)
+    return {"foresee": found.foresee if foretells else None, "choose_rows": found.choose_rows}

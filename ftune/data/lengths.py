@@ -50,7 +50,7 @@ def padding(lengths: numpy.ndarray, data: Data, training: Training, *, packs: bo
     """
     if not len(lengths):
         return {}
-    rows, seed = training.per_device_train_batch_size, training.seed
+    rows, seed = training.rows_at_once, training.seed
     if len(lengths) > _MOST:
         lengths = lengths[numpy.sort(numpy.random.default_rng(0).choice(len(lengths), _MOST, replace=False))]
     budget = training.max_tokens_per_batch or rows * int(lengths.max())

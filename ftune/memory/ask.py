@@ -10,6 +10,7 @@ from typing import Any
 
 from ftune.errors import Problem, RecipeError
 from ftune.machine import Gpu, Machine, probe
+from ftune.memory.auto_rows import choose_rows
 from ftune.memory.catalogue import folder_of
 from ftune.memory.events import Trace
 from ftune.memory.gpus import GpuFacts, find_gpu, of_this_machine
@@ -20,7 +21,7 @@ from ftune.memory.tracer import kept_tracer
 from ftune.places import PACKAGE, expanded, stored_folder
 from ftune.recipe import Loaded
 from ftune.recipe.schema import Model
-from ftune.resolve import RunSpec, examine, raise_errors, resolve
+from ftune.resolve import Decision, RunSpec, examine, raise_errors, resolve, with_training
 
 _MODERN = (8, 0)
 """Capability assumed of a GPU of which only the size is known: Ampere, the first with bfloat16."""
@@ -34,17 +35,48 @@ class Planned:
     problems: tuple[Problem, ...]
     """What is odd about the recipe; no errors."""
     plan: MemoryPlan
+    decisions: tuple[Decision, ...] = ()
+    """What the recipe leaves to the plan."""
+    trace: Trace | None = None
+    """Of all layers, where it was asked for."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the answer of `plan --json`."""
+        return {**self.plan.as_json(), "decisions": [dataclasses.asdict(decision) for decision in self.decisions]}
 
 
-def ask(recipe: str | Path | Mapping[str, Any], changes: Sequence[str] = (), *, gpu: str | None = None) -> Planned:
+def ask(
+    recipe: str | Path | Mapping[str, Any],
+    changes: Sequence[str] = (),
+    *,
+    gpu: str | None = None,
+    timeout_seconds: float | None = None,
+    whole: bool = False,
+) -> Planned:
     """Return the plan of a recipe on a GPU by name or size; else on this machine's, or on its processor.
 
-    Neither weights nor data need be there. Raises RecipeError and MachineError, and RunError for what cannot be traced.
+    Neither weights nor data need be there, and no trace takes longer than it may. A `whole` plan is told from
+    all layers, and keeps the trace. Raises RecipeError and MachineError, and RunError for what cannot be traced.
     """
     machine, facts = machine_with(gpu)
     loaded, problems = plannable(recipe, changes, machine)
     spec = resolve(loaded, machine, fingerprints=False)
-    return Planned(spec, tuple(problems), plan_of(spec, config_of_model(spec.recipe.model), facts, machine))
+    config, decisions = config_of_model(spec.recipe.model), ()
+    plans: dict[str, MemoryPlan] = {}
+
+    def plan(one: RunSpec) -> MemoryPlan:
+        key = repr(one.recipe.as_dict())
+        if key not in plans:
+            plans[key] = plan_of(one, config, facts, machine)
+        return plans[key]
+
+    with kept_tracer(timeout_seconds):
+        if spec.recipe.training.per_device_train_batch_size == "auto":
+            decisions = choose_rows(spec, plan, config, facts, machine)
+            spec = with_training(spec, **{one.key.partition(".")[2]: one.value for one in decisions})
+        step = step_of(spec, config) if whole else None
+        found = plan(spec) if step is None else plan_of(spec, config, facts, machine, whole=step)
+        return Planned(spec, tuple(problems), found, decisions, step)
 
 
 def plannable(
@@ -68,6 +100,7 @@ def plan_of(
     lengths: Sequence[int] = (),
     evaluated: Sequence[int] = (),
     learned: int | None = None,
+    whole: Trace | None = None,
 ) -> MemoryPlan:
     """Return the plan of a decided run; of the rows that `trace` is told, or of the largest that the recipe allows."""
 
@@ -79,21 +112,29 @@ def plan_of(
         )
 
     def trace_of(layers: int | None) -> Trace:
-        def taken(few: RunSpec) -> Trace:
-            return trace(
-                few,
-                config,
-                device=few.device_type,
-                lengths=lengths,
-                evaluated=evaluated,
-                learned=learned,
-                layers=layers,
-            )
-
-        return of_many_passes(spec, taken)
+        return step_of(spec, config, lengths=lengths, evaluated=evaluated, learned=learned, layers=layers)
 
     with kept_tracer():
-        return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes)
+        return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes, whole=whole)
+
+
+def step_of(
+    spec: RunSpec,
+    config: Mapping[str, Any],
+    *,
+    lengths: Sequence[int] = (),
+    evaluated: Sequence[int] = (),
+    learned: int | None = None,
+    layers: int | None = None,
+) -> Trace:
+    """Return the trace of a run's step, with so many layers or with all; of many passes a few are followed."""
+
+    def taken(few: RunSpec) -> Trace:
+        return trace(
+            few, config, device=few.device_type, lengths=lengths, evaluated=evaluated, learned=learned, layers=layers
+        )
+
+    return of_many_passes(spec, taken)
 
 
 def machine_with(gpu: str | None) -> tuple[Machine, GpuFacts | None]:

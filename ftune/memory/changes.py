@@ -268,17 +268,17 @@ def same_batch(situation: Situation) -> tuple[int, ...]:
     """Return the micro-batches that add up to the recipe's batch, the largest first."""
     training = situation.decided.training
     if training.max_tokens_per_batch is not None:
-        return (training.per_device_train_batch_size,)  # rows do not say how large a micro-batch is
-    whole = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return (training.rows_at_once,)  # rows do not say how large a micro-batch is
+    whole = training.rows_at_once * training.gradient_accumulation_steps
     return tuple(rows for rows in range(whole, 0, -1) if whole % rows == 0)
 
 
 def batch_settings(situation: Situation, rows: int) -> Settings:
     """Return what makes micro-batches of so many rows, of the same whole."""
     training = situation.decided.training
-    if rows == training.per_device_train_batch_size:
+    if rows == training.rows_at_once:
         return {}
-    passes = training.per_device_train_batch_size * training.gradient_accumulation_steps // rows
+    passes = training.rows_at_once * training.gradient_accumulation_steps // rows
     settings = {"training.per_device_train_batch_size": rows}
     if passes != training.gradient_accumulation_steps:
         settings["training.gradient_accumulation_steps"] = passes
@@ -324,7 +324,7 @@ _SHARED = {"training.learning_rate"}
 def settings_with(situation: Situation, options: Iterable[Option], rows: int) -> dict[str, Any]:
     """Return what a recipe says with the options, in micro-batches of so many rows."""
     training = situation.decided.training
-    passes = training.per_device_train_batch_size * training.gradient_accumulation_steps // rows
+    passes = training.rows_at_once * training.gradient_accumulation_steps // rows
     found: dict[str, Any] = {}
     for option in options:
         found |= {**option.settings, **(option.with_several_passes if passes > 1 else {})}

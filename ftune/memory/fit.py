@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftune.errors import FtuneError, Problem, RecipeError
+from ftune.errors import Problem, RecipeError
 from ftune.machine import Machine
 from ftune.memory.ask import config_of_model, machine_with, plan_of, plannable
 from ftune.memory.bounds import Bounds
+from ftune.memory.candidates import room_of, search_of
 from ftune.memory.changes import ROWS, Option, Situation, allowable, check_allowed, settings_with
-from ftune.memory.gpus import GpuFacts
-from ftune.memory.overhead import need
 from ftune.memory.plan import MemoryPlan
-from ftune.memory.search import Candidate, Left, Refused, Room, Search, Tried
+from ftune.memory.search import Candidate, Left, Room, Search, Tried
+from ftune.memory.source_text import written_out
 from ftune.memory.tracer import kept_tracer
-from ftune.recipe import Loaded, source, validate
-from ftune.recipe.edits import REMOVED, edited, value_at
-from ftune.resolve import RunSpec, findings, resolve
+from ftune.recipe import Loaded
+from ftune.recipe.edits import REMOVED, value_at
+from ftune.resolve import RunSpec, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ def fit(
     *,
     gpu: str | None = None,
     allow: Iterable[str] = (),
+    timeout_seconds: float | None = None,
 ) -> Fit:
     """Search the cheapest changes with which a recipe fits; raises RecipeError, MachineError and RunError.
 
@@ -77,15 +78,15 @@ def fit(
     allowed = check_allowed(allow)
     machine, facts = machine_with(gpu)
     loaded, problems = plannable(recipe, overrides, machine)
-    loaded = _overrides_written(loaded)
+    loaded = written_out(loaded)
     spec = resolve(loaded, machine, fingerprints=False)
-    room = _room(facts, machine)
+    room = room_of(facts, machine)
     config = config_of_model(spec.recipe.model)
 
     def plan(one: RunSpec) -> MemoryPlan:
         return plan_of(one, config, facts, machine)
 
-    with kept_tracer():
+    with kept_tracer(timeout_seconds):
         return searched(loaded, machine, allowed, plan, Bounds(config), room, problems)
 
 
@@ -97,55 +98,24 @@ def searched(
     bounds: Bounds,
     room: Room,
     problems: Iterable[Problem] = (),
+    *,
+    most_plans: int | None = None,
 ) -> Fit:
-    """Return what a search finds with a function that plans a recipe."""
-    decided = resolve(loaded, machine, fingerprints=False).recipe
-    situation = Situation(loaded, decided, allowed)
-
-    def build(settings: Mapping[str, Any]) -> Candidate | Refused:
-        return built(loaded, machine, settings)
-
-    def bound(spec: RunSpec) -> int:
-        try:
-            return bounds.of(spec.recipe)
-        except Exception:  # what a model cannot be tuned so for, its trace says, whatever library refused it
-            return 0
-
-    search = Search(situation, build, plan, bound, room)
-    first = search.candidate((), decided.training.per_device_train_batch_size)
+    """Return what a search finds with a function that plans a recipe; with so many plans at the most, or with all."""
+    search = search_of(loaded, machine, allowed, plan, bounds, room, most_plans)
+    situation = search.situation
+    decided = situation.decided
+    first = search.candidate((), decided.training.rows_at_once)
     assert isinstance(first, Candidate)
     search.plan(first.spec)  # raises what is wrong with the recipe itself
-    before = search.evaluate((), decided.training.per_device_train_batch_size)
+    before = search.evaluate((), decided.training.rows_at_once)
     assert before is not None
     found = search.run()
     after = found or min(search.tried.values(), key=lambda tried: (tried.plan.peak_bytes, tried.num_changes))
     changes = _changes(search, situation, before, after)
-    buys = () if found else _buys(situation, build, bound, room.tight_bytes)
+    buys = () if found else _buys(search, room.tight_bytes)
     tried, left = tuple(search.tried.values()), tuple(search.left.values())
     return Fit(before, after, found is not None, changes, tried, left, buys, tuple(problems))
-
-
-def _room(facts: GpuFacts | None, machine: Machine) -> Room:
-    """Return what is left for tensors beside the context and a margin."""
-    if facts is None:
-        return Room(machine.memory_bytes, machine.memory_bytes)
-    beside = need(0, 0, facts.capability)
-    return Room(facts.memory_bytes - beside.low_bytes, facts.memory_bytes - beside.high_bytes)
-
-
-def built(loaded: Loaded, machine: Machine, settings: Mapping[str, Any]) -> Candidate | Refused:
-    """Return a recipe with settings in its text, examined by the rules."""
-    file = loaded.source.file
-    try:
-        text = edited(file, loaded.source.text, settings)
-        made = validate(source.parse(file, text))
-        found = findings(made, machine, trains=False)
-        errors = [one.rule for one in found if one.severity == "error" and not one.rule.startswith("data-")]
-        if errors:
-            return Refused(", ".join(dict.fromkeys(errors)))
-        return Candidate(settings, text, resolve(made, machine, fingerprints=False))
-    except FtuneError as error:
-        return Refused(", ".join(dict.fromkeys(problem.rule for problem in error.problems)))
 
 
 def write(found: Fit, path: Path) -> None:
@@ -154,19 +124,6 @@ def write(found: Fit, path: Path) -> None:
         raise RecipeError(Problem("output-exists", f"`{path}` exists already", fix="name another file with --write"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(found.after.candidate.text.encode())
-
-
-def _overrides_written(loaded: Loaded) -> Loaded:
-    """Return a recipe with what `--set` says in its text."""
-    given = sorted(loaded.source.overridden, key=lambda key: key.count("."))
-    if not given:
-        return loaded
-    values = {key: value_at(loaded.source.data, key.split(".")) for key in given}
-    gguf, written = "model.gguf_file", value_at(loaded.source.data, ("model", "gguf_file"))
-    if "model.model_name_or_path" in values and gguf not in values and written is not None:
-        values[gguf] = REMOVED  # it belongs to the model that --set replaced
-    text = edited(loaded.source.file, loaded.source.text, values)
-    return validate(source.parse(loaded.source.file, text))
 
 
 def _changes(search: Search, situation: Situation, before: Tried, after: Tried) -> tuple[Change, ...]:
@@ -215,20 +172,16 @@ def _batch_costs(before: int, after: int) -> str:
     return "time: more passes add up to the same batch; the same numbers but for rounding"
 
 
-def _buys(
-    situation: Situation,
-    build: Callable[[Mapping[str, Any]], Candidate | Refused],
-    bound: Callable[[RunSpec], int],
-    capacity: int,
-) -> tuple[tuple[str, int], ...]:
+def _buys(search: Search, capacity: int) -> tuple[tuple[str, int], ...]:
     """Return what else could be allowed, by what its weights, gradients and state take in any case."""
+    situation = search.situation
     found: dict[str, int] = {}
     for name in allowable():
         if name in situation.allowed or name == "max_length":
             continue
         offered = dataclasses.replace(situation, allowed=frozenset({name}))
         for option in (option for row in ROWS for option in row.options(offered) if option.gives_up):
-            made = build(settings_with(situation, (option,), situation.decided.training.per_device_train_batch_size))
-            if isinstance(made, Candidate) and 0 < (least := bound(made.spec)) < capacity:
+            made = search.candidate((option,), situation.decided.training.rows_at_once)
+            if isinstance(made, Candidate) and 0 < (least := search.bound_of(made.spec)) < capacity:
                 found[name] = min(least, found.get(name, least))
     return tuple(sorted(found.items(), key=lambda item: item[1]))

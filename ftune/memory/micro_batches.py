@@ -17,10 +17,18 @@ from ftune.resolve import RunSpec, with_training
 _FEW, _MORE = 2, 3
 
 
-def of_many_passes(spec: RunSpec, trace_of: Callable[[RunSpec], Trace]) -> Trace:
-    """Return the trace of a run's step; what it computes is told of all micro-batches, what it holds of three."""
+def followed(spec: RunSpec) -> int:
+    """Return how many micro-batches of a step are followed: all, or as many as show what the others do."""
     passes, chosen = spec.recipe.training.gradient_accumulation_steps, spec.recipe.optimizer
     if passes <= _FEW + _MORE or not plugin.optimizer(chosen.method).adds_up(chosen.options):
+        return passes
+    return _MORE
+
+
+def of_many_passes(spec: RunSpec, trace_of: Callable[[RunSpec], Trace]) -> Trace:
+    """Return the trace of a run's step; what it computes is told of all micro-batches, what it holds of three."""
+    passes = spec.recipe.training.gradient_accumulation_steps
+    if followed(spec) == passes:
         return trace_of(spec)
     few, more = (trace_of(with_training(spec, gradient_accumulation_steps=count)) for count in (_FEW, _MORE))
     events = (*_rows_of(peak(few), peak(more), passes, more.events), *more.events)

@@ -76,7 +76,7 @@ class Need:
     """Bytes of the GPU's memory that a run takes, from the least to the most that is expected."""
 
     low_bytes: int
-    """Tensors and the least context."""
+    """The least that the allocator passes with, and the least context."""
     high_bytes: int
     """What the allocator reserves if nothing stops it, the most context, and a margin."""
 
@@ -85,10 +85,13 @@ class Need:
         return True if memory_bytes >= self.high_bytes else False if memory_bytes < self.low_bytes else None
 
 
-def need(allocated_bytes: int, reserved_bytes: int, capability: tuple[int, int], gpus: int = 1) -> Need:
-    """Return what a replayed trace takes of a GPU, one of several that are connected by NCCL."""
+def need(least_bytes: int, reserved_bytes: int, capability: tuple[int, int], gpus: int = 1) -> Need:
+    """Return what a replayed trace takes of a GPU, one of several that are connected by NCCL.
+
+    `least_bytes` is what the allocator passes with, `reserved_bytes` what it takes where nothing stops it.
+    """
     context = context_of(capability)
     nccl = _NCCL_MIB if gpus > 1 else (0, 0)
-    low = allocated_bytes + (context.low_mib + nccl[0]) * _MIB
+    low = least_bytes + (context.low_mib + nccl[0]) * _MIB
     high = reserved_bytes * (1 + MARGIN) + (context.high_mib + nccl[1]) * _MIB
     return Need(low, int(high))

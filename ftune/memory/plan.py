@@ -1,7 +1,8 @@
 """What a run needs of a GPU, before it begins: bytes by what they are for, and the time of a step.
 
 Live bytes are counted from the run's own step (`traced`). What a GPU needs beyond them is a model: the caching
-allocator replayed over the same step (`replay`), and the context of the process (`overhead`).
+allocator replayed over the same step (`replay`), where nothing stops it and in the least that it passes with, and the
+context of the process (`overhead`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from ftune.memory.gpus import GpuFacts
 from ftune.memory.layers import depth, most, peaks_of, peaks_of_depth, period
 from ftune.memory.overhead import Need, need, with_workspaces
 from ftune.memory.peak import Peak, peak
-from ftune.memory.replay import replay
+from ftune.memory.replay import least_capacity, replay
 from ftune.memory.step_time import step_time
 from ftune.recipe.schema import Training
 from ftune.resolve import RunSpec
 from ftune.training.checkpoint import planned_saves, room_needed
 
-_PARTS: Mapping[Owner, str] = {
+PARTS: Mapping[Owner, str] = {
     Owner.WEIGHT: "weights",
     Owner.GRADIENT: "gradients",
     Owner.OPTIMIZER: "optimizer",
@@ -56,6 +57,8 @@ class MemoryPlan:
     """Of the largest batch that the recipe allows, all its micro-batches together."""
     seconds_per_step: float | None
     """None where the device's speed is not known."""
+    steps: int | None = None
+    """Of the whole run; None where their number depends on how many rows there are."""
     assumed: str = ""
     """What a name that fits several GPUs was taken for."""
 
@@ -83,6 +86,16 @@ class MemoryPlan:
     def tokens_per_second(self) -> float | None:
         return self.tokens_per_step / self.seconds_per_step if self.seconds_per_step else None
 
+    @property
+    def run_seconds(self) -> float | None:
+        """Return how long all steps take, if every row is as long as planned; evaluating and saving come on top."""
+        return self.steps * self.seconds_per_step if self.steps and self.seconds_per_step else None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Return for how many hours the run has its GPU to itself."""
+        return None if self.run_seconds is None else self.run_seconds / 3600
+
     def as_json(self) -> dict[str, Any]:
         """Return the answer of `plan --json`."""
         return {
@@ -103,6 +116,9 @@ class MemoryPlan:
             "tokens_per_step": self.tokens_per_step,
             "seconds_per_step": self.seconds_per_step,
             "tokens_per_second": self.tokens_per_second,
+            "steps": self.steps,
+            "run_seconds": self.run_seconds,
+            "gpu_hours": self.gpu_hours,
             "changes": [],
         }
 
@@ -113,8 +129,10 @@ class _Beyond:
 
     rounding: float
     """Bytes by which the allocator rounds requests up."""
+    kept: float
+    """Bytes that it cannot use even where it gives back all that it can: fragments between what is alive."""
     unused: float
-    """Bytes that it reserves and cannot use."""
+    """Bytes that it reserves and cannot use where nothing stops it."""
     host: float
     checkpoint: float
     result: float
@@ -126,11 +144,14 @@ class _Beyond:
         """Without a GPU there is no caching allocator: what a process needs beside its tensors is not planned."""
         on_disk = trace.checkpoint_bytes, trace.model_bytes
         if gpu is None:
-            return _Beyond(0, 0, 0, *on_disk, 0)
-        replayed = replay(with_workspaces(trace.events, gpu.capability))
+            return _Beyond(0, 0, 0, 0, *on_disk, 0)
+        events = with_workspaces(trace.events, gpu.capability)
+        replayed = replay(events)
         seconds = step_time(trace.work, gpu, tf32=tf32).seconds if gpu.has_speed else 0.0
         allocated, reserved = replayed.peak_allocated_bytes, replayed.peak_reserved_bytes
-        return _Beyond(allocated - peak(trace).size_bytes, reserved - allocated, trace.host_bytes, *on_disk, seconds)
+        least = min(least_capacity(events), reserved)
+        rounding = allocated - peak(trace).size_bytes
+        return _Beyond(rounding, least - allocated, reserved - allocated, trace.host_bytes, *on_disk, seconds)
 
     def at(self, share: float, other: _Beyond) -> _Beyond:
         """Return the figures on the line through these (share 0) and others (share 1)."""
@@ -145,12 +166,14 @@ def planned(
     trace_of: Callable[[int | None], Trace],
     *,
     host_memory_bytes: int = 0,
+    whole: Trace | None = None,
 ) -> MemoryPlan:
     """Return the plan of a run on a GPU; without one, on a processor with so much memory.
 
-    `trace_of` traces the step of the model with a number of layers, or with all that it has (None).
+    `trace_of` traces the step of the model with a number of layers, or with all that it has (None); `whole` is a trace
+    of all, where there is one.
     """
-    traces: dict[int | None, Trace] = {}
+    traces: dict[int | None, Trace] = {} if whole is None else {None: whole}
 
     def traced(layers: int | None) -> Trace:
         if layers not in traces:
@@ -158,16 +181,17 @@ def planned(
         return traces[layers]
 
     layers, every = depth(config), period(config)
-    phases = peaks_of_depth(traced, layers, every=every) if every and layers else peaks_of(traced(None))
+    few = bool(every and layers) and whole is None
+    phases = peaks_of_depth(traced, layers, every=every or 1) if few else peaks_of(traced(None))
     highest = most(phases)
     recipe = spec.recipe
-    rows = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
-    parts = {said: highest.by_owner.get(owner, 0) for owner, said in _PARTS.items()}
+    rows = recipe.training.rows_at_once * recipe.training.gradient_accumulation_steps
+    parts = {said: highest.by_owner.get(owner, 0) for owner, said in PARTS.items()}
     beyond = _beyond(traces, layers, lambda trace: _Beyond.of(trace, gpu, tf32=bool(recipe.training.tf32)))
     allocated = round(highest.size_bytes + beyond.rounding)
     needs = Need(allocated, allocated)
     if gpu is not None:
-        needs = need(allocated, round(allocated + beyond.unused), gpu.capability)
+        needs = need(round(allocated + beyond.kept), round(allocated + beyond.unused), gpu.capability)
     return MemoryPlan(
         parts={**parts, "overhead": needs.low_bytes - highest.size_bytes},
         phases={phase: found.size_bytes for phase, found in phases.items()},
@@ -180,6 +204,7 @@ def planned(
         disk_bytes=_on_disk(recipe.training, round(beyond.checkpoint), round(beyond.result)),
         tokens_per_step=rows * recipe.data.max_length,
         seconds_per_step=beyond.seconds or None,
+        steps=recipe.training.max_steps if recipe.training.max_steps > 0 else None,
         assumed=gpu.assumed if gpu is not None else "",
     )
 

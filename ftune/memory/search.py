@@ -22,6 +22,7 @@ _AS_FAST = 1.05
 """Times that differ by less are not told apart by a model of time: the recipe with fewer changes is taken."""
 _EACH_PASS = 0.002
 """Part by which a further pass is taken to slow a step where nothing can be timed."""
+_SPENT = "not looked at: enough was tried"
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,29 @@ PlanOf = Callable[[RunSpec], MemoryPlan]
 
 
 class Search:
-    """One search; what was planned is kept, and planned once."""
+    """One search; what was planned is kept, and planned once.
+
+    Where it may make only so many plans, it ends with the best of what was planned until then.
+    """
 
     def __init__(
-        self, situation: Situation, build: Build, plan_of: PlanOf, bound_of: Callable[[RunSpec], int], room: Room
+        self,
+        situation: Situation,
+        build: Build,
+        plan_of: PlanOf,
+        bound_of: Callable[[RunSpec], int],
+        room: Room,
+        most_plans: int | None = None,
     ) -> None:
         self.situation = situation
         self.rows = same_batch(situation)
         self.tried: dict[tuple[str, int], Tried] = {}
         self.left: dict[tuple[str, int | None], Left] = {}
-        self._build, self._plan_of, self._bound_of, self._room = build, plan_of, bound_of, room
+        self.bound_of = bound_of
+        self._build, self._plan_of, self._room = build, plan_of, room
         self._built: dict[tuple[str, int], Candidate | Refused] = {}
         self._plans: dict[str, MemoryPlan] = {}
+        self._most_plans = math.inf if most_plans is None else most_plans
 
     def run(self) -> Tried | None:
         """Return what to take: a comfortable set of changes, else a tight one; None where nothing fits."""
@@ -103,6 +115,10 @@ class Search:
                 if found:
                     return best(found)
         return None
+
+    def unchanged(self) -> Tried | None:
+        """Return the largest micro-batch that fits without any other change; None where not one row does."""
+        return self._fitting((), True, math.inf) or self._fitting((), False, math.inf)
 
     def candidate(self, options: tuple[Option, ...], rows: int) -> Candidate | Refused:
         """Return the recipe with changes, or why it is none."""
@@ -121,7 +137,7 @@ class Search:
         if isinstance(plan, Refused) or isinstance(candidate, Refused):
             self.left[key] = Left(options, rows, plan.reason if isinstance(plan, Refused) else "")
             return None
-        changed = len(options) + (rows != self.situation.decided.training.per_device_train_batch_size)
+        changed = len(options) + (rows != self.situation.decided.training.rows_at_once)
         cost = _seconds_per_token(plan) or self._declared_cost(options, rows)
         self.tried[key] = Tried(options, rows, candidate, plan, changed, cost)
         return self.tried[key]
@@ -134,10 +150,17 @@ class Search:
         return self._plans[key]
 
     def _plan_or_why(self, spec: RunSpec) -> MemoryPlan | Refused:
+        if self.is_spent and repr(spec.recipe.as_dict()) not in self._plans:
+            return Refused(_SPENT)
         try:
             return self.plan(spec)
         except RunError as error:
             return Refused(error.problems[0].what)
+
+    @property
+    def is_spent(self) -> bool:
+        """Return whether no further plan may be made."""
+        return len(self._plans) >= self._most_plans
 
     def _of_tier(self, sets: list[tuple[Option, ...]], comfortable: bool) -> list[Tried]:
         found: list[Tried] = []
@@ -155,6 +178,18 @@ class Search:
 
     def _of_set(self, options: tuple[Option, ...], comfortable: bool, beat: float) -> list[Tried]:
         """Return the largest micro-batch that fits, and the recipe's own where that fits too."""
+        first = self._fitting(options, comfortable, beat)
+        if first is None or first.cost > beat * _AS_FAST:
+            return [first] if first else []
+        own = self.situation.decided.training.rows_at_once
+        second = self.evaluate(options, own) if own < first.rows else None
+        return [first, second] if second is not None and second.fits(comfortable) else [first]
+
+    def _fitting(self, options: tuple[Option, ...], comfortable: bool, beat: float) -> Tried | None:
+        """Return the largest micro-batch that fits; None where none does, or none could be as fast as what fits."""
+        if self.is_spent and not any(_key(options) == key for key, _ in self.tried):
+            self.left[_key(options), None] = Left(options, None, _SPENT)
+            return None
         rows = []
         for count in self.rows:
             candidate = self.candidate(options, count)
@@ -163,24 +198,18 @@ class Search:
             else:
                 rows.append(count)
         if not rows:
-            return []
+            return None
         reason = self._hopeless(options, rows[0], beat, comfortable)
         if reason:
             self.left[_key(options), None] = Left(options, None, reason)
-            return []
+            return None
         first = self.evaluate(options, rows[0])
-        if first is None:
-            return []
-        if not first.fits(comfortable):
-            if first.cost > beat * _AS_FAST:
-                self.left[_key(options), None] = Left(options, None, "slower than what fits")
-                return []
-            first = self._largest(options, rows[1:], comfortable)
-        if first is None or first.cost > beat * _AS_FAST:
-            return [first] if first else []
-        own = self.situation.decided.training.per_device_train_batch_size
-        second = self.evaluate(options, own) if own in rows and own < first.rows else None
-        return [first, second] if second is not None and second.fits(comfortable) else [first]
+        if first is None or first.fits(comfortable):
+            return first
+        if first.cost > beat * _AS_FAST:
+            self.left[_key(options), None] = Left(options, None, "slower than what fits")
+            return None
+        return self._largest(options, rows[1:], comfortable)
 
     def _largest(self, options: tuple[Option, ...], rows: list[int], comfortable: bool) -> Tried | None:
         """Return the largest micro-batch that fits, found by halving; `rows` come with the largest first."""
@@ -201,7 +230,7 @@ class Search:
         """Return why a set need not be traced."""
         candidate = self.candidate(options, rows)
         assert isinstance(candidate, Candidate)
-        bound = self._bound_of(candidate.spec)
+        bound = self.bound_of(candidate.spec)
         if bound > (self._room.comfortable_bytes if comfortable else self._room.tight_bytes):
             return f"weights, gradients and optimizer state alone take {format_bytes(bound)}"
         times = [tried for tried in self.tried.values() if tried.plan.seconds_per_step is not None]

@@ -6,9 +6,9 @@ from typing import TextIO
 
 from ftune.memory.plan import MemoryPlan
 from ftune.resolve import RunSpec
-from ftune.units import format_bytes
+from ftune.units import format_bytes, format_duration
 
-_SAID = {
+SAID = {
     "logits": "logits and loss",
     "buffers": "buffers and inputs",
     "overhead": "context and allocator",
@@ -22,30 +22,32 @@ def show(spec: RunSpec, plan: MemoryPlan, stream: TextIO) -> None:
     from rich.table import Table
 
     console = Console(file=stream, highlight=False, soft_wrap=True)
-    console.print(_heading(spec, plan))
+    console.print(heading(spec, plan))
     table = Table(box=box.ASCII2 if not console.is_terminal else box.SIMPLE_HEAD)
     for name, side in (("at the peak", "left"), ("bytes", "right"), ("", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for part, size in plan.parts.items():
         if size:
-            table.add_row(_SAID.get(part, part), f"{size:,}", format_bytes(size))
+            table.add_row(SAID.get(part, part), f"{size:,}", format_bytes(size))
     table.add_section()
     table.add_row("needed", f"{plan.peak_bytes:,}", format_bytes(plan.peak_bytes))
     console.print(table)
-    for line in _lines(plan):
+    for line in (*lines_of(plan), verdict(plan)):
         console.print(line)
 
 
-def _heading(spec: RunSpec, plan: MemoryPlan) -> str:
+def heading(spec: RunSpec, plan: MemoryPlan) -> str:
+    """Return what is planned, in a line."""
     recipe = spec.recipe
-    rows = recipe.training.per_device_train_batch_size
+    rows = recipe.training.rows_at_once
     times = recipe.training.gradient_accumulation_steps
     batch = f"{rows} x {recipe.data.max_length:,} tokens" + (f", {times} times a step" if times > 1 else "")
     method = f"{recipe.tuning.method}, {recipe.training.optim}, {recipe.model.dtype} weights"
     return f"{recipe.model.model_name_or_path}: {method}, {batch}; on {plan.device}"
 
 
-def _lines(plan: MemoryPlan) -> list[str]:
+def lines_of(plan: MemoryPlan) -> list[str]:
+    """Return what there is to say beside the table."""
     lines = [plan.assumed] if plan.assumed else []
     lines.append(f"the peak is in {plan.peak_at}")
     if plan.host_bytes:
@@ -58,11 +60,19 @@ def _lines(plan: MemoryPlan) -> list[str]:
     if plan.seconds_per_step is not None:
         speed = plan.tokens_per_second or 0.0
         lines.append(f"about {plan.seconds_per_step:.2g} s a step, {speed:,.0f} tokens/s (a model, not measured)")
-    lines.append(_verdict(plan))
+        lines.append(_course(plan.seconds_per_step, plan.steps))
     return lines
 
 
-def _verdict(plan: MemoryPlan) -> str:
+def _course(seconds_per_step: float, steps: int | None) -> str:
+    """Return how long a run takes; of one whose steps depend on its rows, a thousand steps of it."""
+    seconds = seconds_per_step * (steps or 1000)
+    said = f"{steps or 1000:,} steps take about {format_duration(seconds)}, {seconds / 3600:.2g} GPU-hours"
+    return said + (", besides evaluating and saving" if steps else "; how many there are depends on the rows")
+
+
+def verdict(plan: MemoryPlan) -> str:
+    """Return whether it fits, in a line."""
     if plan.capacity_bytes is None:
         return "name a GPU to compare with: --gpu 24GiB"
     has = f"{plan.device} has {format_bytes(plan.capacity_bytes)}"

@@ -49,7 +49,7 @@ def show_fit(found: Fit, stream: TextIO) -> None:
 
 def _batch(found: Fit) -> int:
     training = found.before.candidate.spec.recipe.training
-    return int(training.per_device_train_batch_size * training.gradient_accumulation_steps)
+    return int(training.rows_at_once * training.gradient_accumulation_steps)
 
 
 def _shown(found: Fit) -> list[Tried]:

@@ -81,7 +81,7 @@ def masks_documents(recipe: Recipe) -> bool:
 def worst_lengths(spec: RunSpec) -> tuple[int, ...]:
     """Return the lengths of the rows of the largest micro-batch that a recipe allows."""
     recipe = spec.recipe
-    return (recipe.data.max_length,) * recipe.training.per_device_train_batch_size
+    return (recipe.data.max_length,) * recipe.training.rows_at_once
 
 
 def evaluated_rows(spec: RunSpec, lengths: Sequence[int] = ()) -> Rows | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ftune.errors import Problem, RunError
 from ftune.memory.events import Trace
-from ftune.memory.tracer import run_traced
+from ftune.memory.tracer import TookTooLong, limit_seconds, run_traced
 from ftune.memory.written import read, write
 from ftune.resolve import RunSpec
 
@@ -55,7 +55,7 @@ def trace(
 ) -> Trace:
     """Return the record of a training step after the first, and of an evaluation where the recipe has one.
 
-    Raises RunError where this model cannot be traced.
+    Raises RunError where this model cannot be traced, or not in the time that `kept_tracer` gives.
     """
     import json
 
@@ -63,13 +63,23 @@ def trace(
         path = Path(folder) / "trace"
         asked = {"spec": spec.to_json(), "config": dict(config), "device": device}
         asked |= {"lengths": list(lengths), "evaluated": list(evaluated), "learned": learned, "layers": layers}
-        code, said = run_traced(json.dumps(asked), path)
+        try:
+            code, said = run_traced(json.dumps(asked), path)
+        except TookTooLong:
+            raise RunError(_too_long(config)) from None
         if code != 0 or not path.exists():
             lines = said.strip().splitlines()
             what = f"the training step of a {config.get('model_type', 'model')} cannot be traced"
             why = lines[-1][:300] if lines else f"the process ended with {code}"
             raise RunError(Problem("trace-failed", what, why=why, fix="train a few steps, and read peak_memory_bytes"))
         return read(path)
+
+
+def _too_long(config: Mapping[str, Any]) -> Problem:
+    what = f"following a step of a {config.get('model_type', 'model')} took longer than {limit_seconds():g} s"
+    why = "each of its operators is followed by itself: many layers of different kinds, or loops over tokens, take long"
+    fix = "allow more with --timeout SECONDS, or train a few steps (training.max_steps: 2) and read peak_memory_bytes"
+    return Problem("trace-timeout", what, why=why, fix=fix)
 
 
 def traced_here(asked: Asked) -> Trace:
@@ -104,7 +114,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     spec, on_cuda = asked.spec, asked.device == "cuda"
     lengths, fake = asked.lengths or worst_lengths(spec), fake_mode()
     model = skeleton(spec.recipe, config_from(asked.config, layers=asked.layers), fake)
-    tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, keeps_chance=not on_cuda)
+    tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, on_processor=not on_cuda)
     tracked.follow(model)
     evaluated = evaluated_rows(spec, asked.evaluated)
     counted = 2 if turn is None else COUNTED

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _TRACED = "ftune.memory.traced"
+LIMIT_SECONDS = 600.0
+"""For one trace; most take seconds, also of large models, of which few layers are traced."""
+
+
+class TookTooLong(Exception):  # noqa: N818 (what happened, not what is wrong)
+    """A trace was ended because its time was over."""
 
 
 class _Tracer:
@@ -26,7 +33,7 @@ class _Tracer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, asked: str, answer: Path) -> tuple[int, str]:
+    def run(self, asked: str, answer: Path, seconds: float) -> tuple[int, str]:
         """Trace what is asked into a file; return the exit code and what was said."""
         if self._process is None:
             self._process = subprocess.Popen(
@@ -35,7 +42,7 @@ class _Tracer:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps([asked, str(answer)]) + "\n")
+            self._process.stdin.write(json.dumps([asked, str(answer), seconds]) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
@@ -43,6 +50,8 @@ class _Tracer:
         if not line:
             return 1, "the process that traces ended"
         code, said = json.loads(line)
+        if code == -signal.SIGALRM:
+            raise TookTooLong
         return code, said
 
     def end(self) -> None:
@@ -51,29 +60,48 @@ class _Tracer:
 
 
 _kept: list[_Tracer] = []
+_limits = [LIMIT_SECONDS]
+"""Of the traces inside each `kept_tracer`; the last one holds."""
 
 
 @contextlib.contextmanager
-def kept_tracer() -> Iterator[None]:
-    """Let all traces inside share the time of imports, where the system can fork."""
-    if not hasattr(os, "fork") or _kept:
-        yield
-        return
-    tracer = _Tracer()
-    _kept.append(tracer)
+def kept_tracer(limit_seconds: float | None = None) -> Iterator[None]:
+    """Let all traces inside share the time of imports, where the system can fork, and each take so long at the most."""
+    _limits.append(_limits[-1] if limit_seconds is None else limit_seconds)
+    tracer = _Tracer() if hasattr(os, "fork") and not _kept else None
     try:
+        if tracer is not None:
+            _kept.append(tracer)
         yield
     finally:
-        _kept.remove(tracer)
-        tracer.end()
+        _limits.pop()
+        if tracer is not None:
+            _kept.remove(tracer)
+            tracer.end()
+
+
+def limit_seconds() -> float:
+    """Return how long a trace may take."""
+    return _limits[-1]
 
 
 def run_traced(asked: str, answer: Path) -> tuple[int, str]:
-    """Run one trace, in a process of its own; return its exit code and what it said."""
+    """Run one trace, in a process of its own; return its exit code and what it said. Raises TookTooLong."""
     if _kept:
-        return _kept[0].run(asked, answer)
+        return _kept[0].run(asked, answer, limit_seconds())
     command = [*_command(_TRACED), str(answer)]
-    done = subprocess.run(command, input=asked, env=_environment(), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command,
+            input=asked,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_seconds(),
+        )
+    except subprocess.TimeoutExpired:
+        raise TookTooLong from None
     return done.returncode, done.stderr
 
 
@@ -94,8 +122,7 @@ def main() -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         _import_all()
     for line in sys.stdin:
-        asked, answer = json.loads(line)
-        print(json.dumps(_forked(asked, answer)), file=answers, flush=True)
+        print(json.dumps(_forked(*json.loads(line))), file=answers, flush=True)
 
 
 def _import_all() -> None:
@@ -105,11 +132,12 @@ def _import_all() -> None:
     from ftune.memory import bits, cuda, numberless, skeleton, step, tracked, turns  # noqa: F401
 
 
-def _forked(asked: str, answer: str) -> tuple[int, str]:
-    """Trace in a fork; return its exit code and the end of what it said."""
+def _forked(asked: str, answer: str, seconds: float) -> tuple[int, str]:
+    """Trace in a fork, which ends when its time is over; return its exit code and the end of what it said."""
     with tempfile.TemporaryFile("w+") as said:
         child = os.fork()
         if child == 0:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
             os.dup2(said.fileno(), 2)
             os.dup2(said.fileno(), 1)
             os._exit(_trace(asked, answer))

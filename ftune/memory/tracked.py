@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ftune.memory.events import Event, Owner, Trace
+from ftune.memory.promoted import copied_bytes
 from ftune.memory.work import Works
 
 START, FORWARD, BACKWARD, OPTIMIZER, EVALUATION = "start", "forward", "backward", "optimizer", "evaluation"
@@ -55,13 +56,13 @@ class Tracked(TorchDispatchMode):
     """Notes storages as operators take or make them, until they are freed.
 
     Who owns one is often known only later (a gradient is one once it lies in `.grad`), so that events are written out
-    at the end. It looks into `kernels`, which are written in Python. `keeps_chance` says whether the state of a CPU's
-    chance, which checkpointing keeps, lies where everything else does.
+    at the end. It looks into `kernels`, which are written in Python. On a processor the state of chance, which
+    checkpointing keeps, lies where everything else does, and operands of unlike dtypes are copied.
     """
 
-    def __init__(self, *, kernels: tuple[str, ...] = IN_PYTHON, keeps_chance: bool = True) -> None:
+    def __init__(self, *, kernels: tuple[str, ...] = IN_PYTHON, on_processor: bool = True) -> None:
         super().__init__()
-        self._keeps_chance = keeps_chance
+        self._on_processor = on_processor
         self._hosting = False
         self._phase, self._after_backward = START, False
         self.live_bytes = self.most_bytes = self.most_host_bytes = 0
@@ -176,12 +177,25 @@ class Tracked(TorchDispatchMode):
         read = [*_tensors(arguments), *_tensors(named.values())]
         for tensor in read:
             self._see(tensor, "")
-        made = operation(*arguments, **named)
-        written = list(_tensors((made,)))
-        for tensor in written:
-            self._see(tensor, name)
+        with self._copied(name, copied_bytes(operation, arguments) if self._on_processor else []):
+            made = operation(*arguments, **named)
+            written = list(_tensors((made,)))
+            for tensor in written:
+                self._see(tensor, name)
         self.works.add(self._now, operation, arguments, named, read, made, written)
         return made
+
+    @contextlib.contextmanager
+    def _copied(self, operation: str, sizes: list[int]) -> Iterator[None]:
+        """Note what a kernel makes before its result and frees after it."""
+        copies = []
+        for size in sizes:
+            self._count += 1
+            copies.append(_Held(self._count, size, Owner.TEMPORARY, self._now, self._module, operation))
+            self._grow(copies[-1], size)
+        yield
+        for copy in copies:
+            self._grow(copy, -copy.size_bytes)
 
     @property
     def _now(self) -> str:
@@ -295,7 +309,7 @@ class Tracked(TorchDispatchMode):
             def state() -> torch.Tensor:
                 # What checkpointing keeps of a CPU's chance, 5 kB a layer.
                 found = random_state()
-                if tracked._keeps_chance:
+                if tracked._on_processor:
                     tracked._see(found, "get_rng_state")
                 return found
 

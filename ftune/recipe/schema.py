@@ -125,6 +125,10 @@ class Data(Options):
         return self.is_weighted or self.mixing_temperature is not None
 
 
+_ROWS = 8
+"""Of a micro-batch; Hugging Face's default too."""
+
+
 class Training(Options):
     """How each step is made."""
 
@@ -134,8 +138,9 @@ class Training(Options):
     """How often every row is seen."""
     max_steps: Integer = Field(default=-1, ge=-1)
     """Number of optimizer steps; above 0 it replaces `num_train_epochs`."""
-    per_device_train_batch_size: Integer = Field(default=8, ge=1)
-    """Rows per device in one forward and backward pass."""
+    per_device_train_batch_size: Annotated[Integer, Field(ge=1)] | Literal["auto"] = _ROWS
+    """Rows per device in one forward and backward pass; `auto` takes as many as fit, and accumulates the others of the
+    8 times `gradient_accumulation_steps` rows of a step."""
     group_by_length: Flag = False
     """Put rows of like length into one batch: less padding, at the price of a less random order."""
     max_tokens_per_batch: Integer | None = Field(default=None, ge=2)
@@ -220,6 +225,12 @@ class Training(Options):
     """Trackers besides the run directory, such as tensorboard or wandb."""
     run_name: Text | None = None
     """What a tracker calls the run."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch; the default, as long as it is open how many fit."""
+        rows = self.per_device_train_batch_size
+        return _ROWS if rows == "auto" else rows
 
     @property
     def trackers(self) -> list[str]:

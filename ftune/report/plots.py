@@ -21,9 +21,10 @@ _VARIABLES = {
     "#020202": "var(--line)",
     "#030303": "var(--first)",
     "#040404": "var(--second)",
+    **{f"#0505{number:02d}": f"var(--area-{number})" for number in range(1, 9)},
 }
 """Colours that matplotlib draws in, and what stands for them in the page."""
-_TEXT, _LINE, _FIRST, _SECOND = _VARIABLES
+_TEXT, _LINE, _FIRST, _SECOND, *_AREAS = _VARIABLES
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
@@ -146,6 +147,71 @@ def histogram(name: str, title: str, edges: Sequence[int], counts: Sequence[int]
         svg = _for_page(name, _drawn(figure))
     caption = f"{sum(counts):,} rows of {edges[0]:,} to {edges[-1] - 1:,} tokens; the highest bar has {max(counts):,}."
     return Plot(name, title, caption, svg)
+
+
+@dataclass(frozen=True)
+class Area:
+    """One of several amounts that lie on each other."""
+
+    key: str
+    label: str
+    values: tuple[int, ...]
+    """Bytes, column by column."""
+
+
+def areas(
+    name: str,
+    title: str,
+    caption: str,
+    drawn: Sequence[Area],
+    *,
+    parts: Sequence[tuple[str, int, int]],
+    line: tuple[str, int],
+) -> Plot:
+    """Return amounts of bytes on each other, with the names of stretches of columns above, and a line at an amount."""
+    said, most = line
+    highest = max(most, *(sum(column) for column in zip(*(one.values for one in drawn), strict=True)))
+    size, unit = (2**30, "GiB") if highest >= 2**30 else (2**20, "MiB")
+    columns = len(drawn[0].values)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(figsize=(10.0, 4.2), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        edges, base = list(range(columns + 1)), [0.0] * columns
+        for one, colour in zip(drawn, _AREAS, strict=False):
+            top = [below + value / size for below, value in zip(base, one.values, strict=True)]
+            axes.stairs(top, edges, baseline=base, fill=True, color=colour, label=one.label, gid=f"area-{one.key}")
+            base = top
+        axes.axhline(most / size, color=_TEXT, linewidth=0.8, linestyle="--")
+        axes.annotate(said, (columns, most / size), xytext=(0, 3), textcoords="offset points", ha="right", va="bottom")
+        for phase, first, last in parts:
+            if first:
+                axes.axvline(first, color=_TEXT, linewidth=0.6, linestyle=":")
+            if last - first > columns / 12:
+                axes.annotate(
+                    phase,
+                    ((first + last) / 2, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                )
+        axes.set_xlim(0, columns)
+        axes.set_ylim(0, 1.08 * highest / size)
+        axes.set_ylabel(unit)
+        axes.set_xlabel("storages made and freed, in order")
+        axes.set_xticks([])
+        axes.grid(axis="y", linewidth=0.6)
+        axes.set_axisbelow(True)
+        svg = _for_page(name, _drawn(figure))
+    return Plot(name, title, caption, svg)
+
+
+def colours(count: int) -> list[str]:
+    """Return the page's names of the colours in which `areas` draws so many of them, the lowest first."""
+    return [_VARIABLES[colour] for colour in _AREAS[:count]]
 
 
 def _drawn(figure: Figure) -> str:

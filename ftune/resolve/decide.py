@@ -28,18 +28,7 @@ def decide(loaded: Loaded, machine: Machine) -> tuple[Recipe, tuple[Decision, ..
     """Return the recipe without any `auto`, and why each value is what it is."""
     recipe = loaded.recipe
     found: list[Decision] = []
-    for chooser in (
-        _paths,
-        _model_files,
-        _precision,
-        _dtype,
-        _adapter,
-        _attention,
-        _optimizer,
-        _evaluation,
-        _loader,
-        _engine,
-    ):
+    for chooser in _CHOOSERS:
         chosen = list(chooser(loaded, recipe, machine))
         recipe = _with(recipe, chosen)
         found.extend(chosen)
@@ -204,6 +193,14 @@ def _optimizer(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Dec
         yield Decision("training.max_grad_norm", limit, why)
 
 
+def _rows(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
+    training = recipe.training
+    if training.per_device_train_batch_size == "auto":
+        whole = training.rows_at_once * training.gradient_accumulation_steps
+        why = f"the plan decides: as many of the {whole} rows of a step as fit at once, and accumulation for the others"
+        yield Decision("training.per_device_train_batch_size", "auto", why)
+
+
 def _evaluation(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decision]:
     training = recipe.training
     if training.eval_strategy == "auto":
@@ -242,7 +239,7 @@ def _engine(loaded: Loaded, recipe: Recipe, machine: Machine) -> Iterator[Decisi
 
 _CHOOSERS = (
     *(_paths, _model_files, _precision, _dtype, _adapter, _attention, _optimizer),
-    *(_evaluation, _loader, _engine),
+    *(_rows, _evaluation, _loader, _engine),
 )
 """In this order: each sees what those before it chose."""
 

@@ -21,7 +21,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What will run. `recipe` holds no `auto` any more; `training_arguments` are Hugging Face's spellings of it."""
+    """What will run.
+
+    `recipe` holds no `auto` but what the run itself settles; `training_arguments` are Hugging Face's spellings of it.
+    """
 
     recipe: Recipe
     training_arguments: dict[str, Any]

@@ -15,6 +15,7 @@ from ftune.errors import Problem, RunError
 from ftune.places import expanded
 from ftune.recipe import overrides
 from ftune.resolve import Decision, RunSpec
+from ftune.resolve.huggingface import training_arguments
 from ftune.resolve.output import in_the_way
 from ftune.training import checkpoint
 
@@ -71,17 +72,21 @@ def held(directory: Path) -> Iterator[None]:
         yield
 
 
-def settle(spec: RunSpec, decision: Decision) -> RunSpec:
-    """Return the spec with what only the data or the model could tell, and write it down; one rank does."""
-    section, key = decision.key.split(".")
-    changed = getattr(spec.recipe, section).model_copy(update={key: decision.value})
-    return note(replace(spec, recipe=replace(spec.recipe, **{section: changed})), decision)
+def settle(spec: RunSpec, *decisions: Decision) -> RunSpec:
+    """Return the spec with what only the data, the model or a plan could tell, and write it down; one rank does."""
+    recipe = spec.recipe
+    for decision in decisions:
+        section, key = decision.key.split(".")
+        recipe = replace(recipe, **{section: getattr(recipe, section).model_copy(update={key: decision.value})})
+    arguments = training_arguments(recipe, device_type=spec.device_type)
+    return note(replace(spec, recipe=recipe, training_arguments=arguments), *decisions)
 
 
-def note(spec: RunSpec, decision: Decision) -> RunSpec:
-    """Return the spec with a decision in the place of an earlier one on the same, and write it down; one rank does."""
-    others = tuple(made for made in spec.decisions if made.key != decision.key)
-    noted = replace(spec, decisions=(*others, decision))
+def note(spec: RunSpec, *decisions: Decision) -> RunSpec:
+    """Return the spec with decisions in the place of earlier ones on the same, and write it down; one rank does."""
+    again = {decision.key for decision in decisions}
+    others = tuple(made for made in spec.decisions if made.key not in again)
+    noted = replace(spec, decisions=(*others, *decisions))
     if os.environ.get("RANK", "0") == "0":
         rundir.write_text(Path(spec.recipe.training.output_dir) / rundir.RUN, noted.to_json())
     return noted

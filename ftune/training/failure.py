@@ -98,8 +98,8 @@ def _smaller_batch(spec: RunSpec, doing: Doing) -> Iterator[str]:
     if training.max_tokens_per_batch is not None:
         tokens = training.max_tokens_per_batch // (2 * doing.passes)
         key, half = "max_tokens_per_batch", tokens
-    elif training.per_device_train_batch_size > doing.passes:
-        key, half = "per_device_train_batch_size", training.per_device_train_batch_size // (2 * doing.passes)
+    elif training.rows_at_once > doing.passes:
+        key, half = "per_device_train_batch_size", training.rows_at_once // (2 * doing.passes)
     else:
         return
     times = training.gradient_accumulation_steps * 2 * doing.passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -12,8 +13,9 @@ import numpy
 from ftune.data.batches import batches_of
 from ftune.data.prepare import Prepared
 from ftune.data.sequences import Sequences
-from ftune.errors import FtuneError, MachineError, Problem
-from ftune.resolve import RunSpec
+from ftune.errors import FtuneError, MachineError, Problem, RunError
+from ftune.resolve import Decision, RunSpec, check_later
+from ftune.training import directory
 from ftune.training.passes import passes_of
 from ftune.training.progress import Progress
 from ftune.units import format_bytes
@@ -51,8 +53,12 @@ def spoken(parts: Mapping[str, int]) -> str:
     return ", ".join(f"{part} {format_bytes(size)}" for part, size in by_size if size)
 
 
-Foresee = Callable[[RunSpec, LargestBatches], Forecast]
+BatchesOf = Callable[[RunSpec], LargestBatches]
+"""Tells the largest batches of a run on the rows that are there."""
+Foresee = Callable[[RunSpec, BatchesOf], Forecast]
 """Returns the plan of a run; raises where there can be none."""
+ChooseRows = Callable[[RunSpec, BatchesOf], tuple[Decision, ...]]
+"""Decides how many rows of a step are computed at once; raises where no plan says it."""
 
 
 def largest_batches(spec: RunSpec, data: Prepared) -> LargestBatches:
@@ -61,11 +67,11 @@ def largest_batches(spec: RunSpec, data: Prepared) -> LargestBatches:
     passes = max(passes_of(spec).values(), default=1)
     evaluated = _longest(data.eval.lengths, training.per_device_eval_batch_size) if data.eval is not None else ()
     if not isinstance(data.train, Sequences):
-        whole: tuple[int, ...] = (most,) * training.per_device_train_batch_size
+        whole: tuple[int, ...] = (most,) * training.rows_at_once
     elif training.group_by_length or training.max_tokens_per_batch is not None:
         whole = _largest_planned(spec, data.train.lengths)
     else:
-        whole = _longest(data.train.lengths, training.per_device_train_batch_size)
+        whole = _longest(data.train.lengths, training.rows_at_once)
     whole = whole[: math.ceil(len(whole) / passes)]
     return LargestBatches(whole, evaluated, _most_learned(data.train, whole))
 
@@ -92,13 +98,36 @@ def _largest_planned(spec: RunSpec, lengths: numpy.ndarray) -> tuple[int, ...]:
     training = spec.recipe.training
     planned = batches_of(
         lengths,
-        rows=training.per_device_train_batch_size,
+        rows=training.rows_at_once,
         most_tokens=training.max_tokens_per_batch,
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         seed=training.seed,
     )
     largest = max(planned, key=lambda batch: (len(batch) * lengths[batch].max(), lengths[batch].max()))
     return tuple(int(length) for length in lengths[largest])
+
+
+def check_alone(spec: RunSpec) -> None:
+    """Raise RunError where a plan would have to decide for several processes: each has a device of its own."""
+    if spec.recipe.training.per_device_train_batch_size == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = "per_device_train_batch_size: auto is decided by the plan of one process"
+        fix = "ask `ftune plan RECIPE`, and set the numbers that it decides"
+        raise RunError(Problem("rows-auto", what, why="this run has several", fix=fix))
+
+
+def settle_rows(choose: ChooseRows, spec: RunSpec, data: Prepared, shown: Progress) -> RunSpec:
+    """Return the spec with as many rows at once as fit, written down; raises RunError where no plan says how many."""
+    shown.say("planning: how many rows fit at once is traced without weights")
+    try:
+        decisions = choose(spec, functools.partial(largest_batches, data=data))
+    except Exception as error:  # whatever a plan stumbles over, a number can be set
+        why = str(error) if isinstance(error, FtuneError) else _in_a_line(error)
+        what, fix = "no plan says how many rows fit at once", "set training.per_device_train_batch_size to a number"
+        raise RunError(Problem("rows-auto", what, why=why, fix=fix)) from None
+    for decision in decisions:
+        check_later(spec, decision.key, decision.value, shown.say)
+        shown.say(f"{decision.key} = {decision.value}: {decision.why}")
+    return directory.settle(spec, *decisions)
 
 
 def foretold(foresee: Foresee, spec: RunSpec, data: Prepared, shown: Progress, *, force: bool) -> Forecast | None:
@@ -108,12 +137,12 @@ def foretold(foresee: Foresee, spec: RunSpec, data: Prepared, shown: Progress, *
     """
     shown.say("planning: a step is traced without weights (--no-plan leaves it out)")
     try:
-        found = foresee(spec, largest_batches(spec, data))
+        found = foresee(spec, functools.partial(largest_batches, data=data))
     except FtuneError as error:
         shown.say(f"no plan: {error}")
         return None
     except Exception as error:  # whatever a plan stumbles over, the run may work
-        shown.say(f"no plan: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        shown.say(f"no plan: {_in_a_line(error)}")
         return None
     for line in found.lines:
         shown.say(line)
@@ -122,3 +151,7 @@ def foretold(foresee: Foresee, spec: RunSpec, data: Prepared, shown: Progress, *
             raise MachineError(found.refusal)
         shown.say(f"warning: {found.refusal.what}; training all the same (--force)")
     return found
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -74,7 +74,7 @@ def batches_to_look_at(spec: RunSpec, data: Prepared, collator: Collator, device
     def batches(count: int, *, rows: int | None = None) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
             data.train,
-            batch_size=rows or training.per_device_train_batch_size,
+            batch_size=rows or training.rows_at_once,
             shuffle=hasattr(data.train, "__len__"),
             generator=torch.Generator().manual_seed(training.seed),
             collate_fn=collator,

@@ -40,13 +40,13 @@ class Passes:
         training, rows = self._spec.recipe.training, len(batch["input_ids"])
         # Rows that were joined into one are told apart by their positions alone.
         joined = rows == 1 and "position_ids" in batch
-        return rows if joined or training.max_tokens_per_batch else training.per_device_train_batch_size
+        return rows if joined or training.max_tokens_per_batch else training.rows_at_once
 
     def more(self, step: int, passes: int, why: str) -> None:
         """Make so many passes from a step on."""
         self._from_step[step] = passes
         training = self._spec.recipe.training
-        rows = math.ceil(training.per_device_train_batch_size / passes)
+        rows = math.ceil(training.rows_at_once / passes)
         times = training.gradient_accumulation_steps * passes
         said = f"batches in {passes} passes from step {step} on"
         if not training.max_tokens_per_batch:

@@ -19,6 +19,7 @@ from ftune.recipe import Loaded, load, overrides, source
 from ftune.resolve import RunSpec, data_files, raise_errors, resolve
 from ftune.resolve.decide import settings_of
 from ftune.resolve.files import fingerprint
+from ftune.resolve.huggingface import training_arguments
 from ftune.rules import check
 from ftune.training import checkpoint
 from ftune.training.directory import held
@@ -44,7 +45,10 @@ MAY_CHANGE = (
     "distributed.",
 )
 """Settings that a run may go on with changed: they do not touch what was already learned."""
-FOUND_AGAIN = ("data.format", "data.train", "data.eval", "data.chat_template", "model.model_name_or_path")
+FOUND_AGAIN = (
+    *("data.format", "data.train", "data.eval", "data.chat_template", "model.model_name_or_path"),
+    *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
+)
 """Settings that hold what was found when the run began; they are looked for anew only when they are named."""
 DAMAGED_SUFFIX = ".damaged"
 
@@ -154,6 +158,11 @@ def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Ma
             old = {name: getattr(getattr(spec.recipe, section), name)}
             recipe = replace(recipe, **{section: getattr(recipe, section).model_copy(update=old)})
             written = replace(written, **{section: getattr(written, section).model_copy(update=old)})
+    kept = {key for key in FOUND_AGAIN if key not in named}
+    decisions = [decision for decision in fresh.decisions if decision.key not in kept]
+    decisions += [decision for decision in spec.decisions if decision.key in kept]
+    arguments = training_arguments(recipe, device_type=fresh.device_type)
+    fresh = replace(fresh, recipe=recipe, decisions=tuple(decisions), training_arguments=arguments)
     before, after = settings_of(spec.recipe), settings_of(recipe)
     refused = [key for key in after if before.get(key) != after[key] and not _may_change(key, before[key], after[key])]
     if refused:
@@ -166,7 +175,7 @@ def _changed(directory: Path, spec: RunSpec, changes: Sequence[str], machine: Ma
     if "data.eval" in named:
         now = fingerprint(data_files(recipe))
         digests = {name: digests.get(name, digest) for name, digest in now.items()}
-    return replace(fresh, recipe=recipe, data_fingerprint=digests), replace(loaded, recipe=written)
+    return replace(fresh, data_fingerprint=digests), replace(loaded, recipe=written)
 
 
 def _may_change(key: str, before: Any, after: Any) -> bool:

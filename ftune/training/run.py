@@ -20,7 +20,7 @@ from ftune.training import checkpoint as checkpoints
 from ftune.training import directory, failure, progress
 from ftune.training.callbacks import MetricsLog, SaveAfterEvaluation, StopOnRequest
 from ftune.training.fit import check_lengths, check_packing, check_room, check_vocabulary, unfinished_sweep
-from ftune.training.foretold import Forecast, Foresee, foretold
+from ftune.training.foretold import ChooseRows, Forecast, Foresee, check_alone, foretold, settle_rows
 from ftune.training.loading import collator_of, load_base, load_rows, prompts_of, ready, shared_out, tell
 from ftune.training.passes import Passes, passes_of
 from ftune.training.result import RunResult, finish
@@ -35,12 +35,13 @@ def train(
     plain: bool = False,
     checkpoint: Path | None = None,
     foresee: Foresee | None = None,
+    choose_rows: ChooseRows | None = None,
     force: bool = False,
 ) -> RunResult:
     """Run a spec from its start or from a checkpoint; raises FtuneError, and leaves `result.json` in every case.
 
-    Where `foresee` is given, the run's plan is asked for before its weights are loaded. One that cannot fit stops the
-    run, unless that is forced.
+    `choose_rows` settles a `per_device_train_batch_size` that is still `auto`. Where `foresee` is given, the run's plan
+    is asked for before its weights are loaded. One that cannot fit stops the run, unless that is forced.
     """
     main = os.environ.get("RANK", "0") == "0"
     shown = progress.choose(plain=plain, main=main)
@@ -50,7 +51,7 @@ def train(
     with held, failure.written_down(spec, main=main) as course, stop.listening():
         try:
             foretells = functools.partial(foretold, foresee, force=force) if foresee is not None and main else None
-            return _run(spec, checkpoint, shown, stop, course, foretells)
+            return _run(spec, checkpoint, shown, stop, course, foretells, choose_rows)
         finally:
             shown.close()
 
@@ -62,8 +63,10 @@ def _run(
     stop: StopOnRequest,
     course: failure.Course,
     foretells: Callable[[RunSpec, Prepared, progress.Progress], Forecast | None] | None,
+    choose_rows: ChooseRows | None,
 ) -> RunResult:
     started, recipe = time.perf_counter(), spec.recipe
+    check_alone(spec)
     home = Path(recipe.training.output_dir)
     if os.environ.get("RANK", "0") == "0":
         checkpoints.remove_partial(home)
@@ -73,6 +76,9 @@ def _run(
     if spec.recipe.data.format == "auto":
         check_later(spec, "data.format", data.format, shown.say)
         spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
+    if spec.recipe.training.per_device_train_batch_size == "auto":
+        assert choose_rows is not None, "who leaves rows open says who chooses them"
+        spec = settle_rows(choose_rows, spec, data, shown)
     if foretells is not None:
         course.forecast = foretells(spec, data, shown)
     spec, model = load_base(spec, shown)

@@ -10,10 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ftune.errors import MachineError, Problem, RecipeError
-from ftune.machine import memory_bytes
+from ftune.machine import free_bytes
 from ftune.models.finished import Finished, check_base, finished_tokenizer, load_finished, of_run, spec_of
 from ftune.models.source import Say, check_weights, config_of, refuse_pickles, silent, source_directory
 from ftune.resolve.spec import RunSpec
@@ -142,8 +140,3 @@ class Source:
     def taken(self) -> Any:
         """Return the model in float32 with its adapter beside it, for the caller to change."""
         return self.__dict__.pop("_loaded", None) or load_finished(self.found, dtype="float32")
-
-
-def free_bytes() -> int:
-    """Return the memory that is free now, at most what a container may use."""
-    return min(psutil.virtual_memory().available, memory_bytes())

@@ -13,11 +13,14 @@ import pytest
 
 from ftune.memory.ask import machine_with, plan_of, plannable
 from ftune.memory.bounds import Bounds
+from ftune.memory.candidates import built
 from ftune.memory.changes import Situation, check_allowed, combinations, same_batch
-from ftune.memory.fit import built, searched
+from ftune.memory.fit import searched
 from ftune.memory.micro_batches import of_many_passes
+from ftune.memory.overhead import context_of, with_workspaces
 from ftune.memory.peak import peak
 from ftune.memory.plan import MemoryPlan
+from ftune.memory.replay import replay
 from ftune.memory.search import Room, Search, best
 from ftune.memory.traced import trace
 from ftune.memory.tracer import kept_tracer
@@ -156,6 +159,20 @@ def test_a_kept_tracer_traces_as_a_fresh_process_does(folder: Path) -> None:
     with kept_tracer():
         assert trace(spec, _CONFIG, device="cuda") == fresh
         assert trace(spec, _CONFIG, device="cuda") == fresh
+
+
+@pytest.mark.slow
+def test_the_low_end_is_what_the_allocator_passes_with(folder: Path, tracer: None) -> None:
+    planner = Planner()
+    loaded, _ = plannable(folder / "recipe.yaml", ("training.gradient_checkpointing=true",), planner.machine)
+    spec = resolve(loaded, planner.machine, fingerprints=False)
+    assert planner.facts is not None
+    plan, capability = planner(spec), planner.facts.capability
+    events = with_workspaces(trace(spec, _CONFIG, device="cuda").events, capability)
+    least = plan.need.low_bytes - context_of(capability).low_mib * 2**20
+    assert replay(events, capacity_bytes=least).full_at is None
+    assert replay(events, capacity_bytes=least - 2 * 2**20).full_at is not None
+    assert plan.allocated_bytes < least < replay(events).peak_reserved_bytes
 
 
 @pytest.mark.slow

@@ -20,9 +20,12 @@ from training_runs import recipe, rows_file
 import ftune
 from ftune.errors import MachineError, Problem, RunError
 from ftune.machine import Machine, probe
-from ftune.resolve import examine, resolve
-from ftune.training import directory, run
-from ftune.training.foretold import Forecast, Foresee, LargestBatches
+from ftune.memory.auto_rows import PASSES, ROWS
+from ftune.models.finished import spec_of
+from ftune.recipe import load
+from ftune.resolve import Decision, examine, resolve, with_training
+from ftune.training import directory, resuming, run
+from ftune.training.foretold import BatchesOf, ChooseRows, Forecast, Foresee, LargestBatches
 
 MIB = 2**20
 
@@ -41,19 +44,21 @@ def unreadable(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "unreadable"
 
 
-def trained(values: dict[str, Any], foresee: Foresee, *, force: bool = False) -> Any:
+def trained(
+    values: dict[str, Any], foresee: Foresee | None, *, force: bool = False, choose_rows: ChooseRows | None = None
+) -> Any:
     """Train a recipe with another way to foresee it."""
     machine = probe()
     loaded, _ = examine(values, (), machine)
     assert loaded is not None
     spec = resolve(loaded, machine)
     directory.create(spec)
-    return run.train(spec, plain=True, foresee=foresee, force=force)
+    return run.train(spec, plain=True, foresee=foresee, choose_rows=choose_rows, force=force)
 
 
 def forecast(refusal: Problem | None) -> Foresee:
     parts = {"weights": 3 * MIB, "activations": 5 * MIB, "gradients": 0}
-    return lambda spec, largest: Forecast(8 * MIB, parts, ("plan: 8.0 MiB needed",), refusal)
+    return lambda spec, batches_of: Forecast(8 * MIB, parts, ("plan: 8.0 MiB needed",), refusal)
 
 
 REFUSED = Problem("plan-too-large", "the largest batch does not fit", fix="set less")
@@ -100,11 +105,18 @@ def test_on_a_processor_nothing_is_planned_unasked(tiny_model: Path, rows: Path,
     from ftune.cli.train import foresight
     from ftune.machine import Gpu
 
-    assert foresight(Machine(), None) is None
-    assert foresight(Machine(), True) is not None
+    values = recipe(tiny_model, rows, tmp_path / "run")
+    spec = resolve(load(values), probe(), fingerprints=False)
+    assert foresight(spec, Machine(), None) == {}
+    assert foresight(spec, Machine(), True)["foresee"] is not None
     with_gpu = Machine(gpus=(Gpu("NVIDIA L4", 24 * 2**30, (8, 9)),))
-    assert foresight(with_gpu, None) is not None
-    assert foresight(with_gpu, False) is None
+    assert foresight(spec, with_gpu, None)["foresee"] is not None
+    assert foresight(spec, with_gpu, False) == {}
+    # Rows that are left open are chosen in any case.
+    left_open = resolve(load(values, ["training.per_device_train_batch_size=auto"]), probe(), fingerprints=False)
+    found = foresight(left_open, Machine(), None)
+    assert found["foresee"] is None
+    assert found["choose_rows"] is not None
 
 
 class TestLargestBatches:
@@ -126,9 +138,9 @@ class TestLargestBatches:
         seen: list[LargestBatches] = []
         made: list[tuple[int, int, int]] = []
 
-        def sees(spec: Any, largest: LargestBatches) -> Forecast:
-            seen.append(largest)
-            return forecast(None)(spec, largest)
+        def sees(spec: Any, batches_of: BatchesOf) -> Forecast:
+            seen.append(batches_of(spec))
+            return forecast(None)(spec, batches_of)
 
         with batches_of_a_run(made):
             trained(recipe(tiny_model, rows, tmp_path / "run", training=training, data=data), sees)
@@ -174,6 +186,62 @@ def test_learned_tokens_of_rows_are_counted(tiny_model: Path, rows: Path, tmp_pa
     expected = [int((data[at]["labels"] != -100).sum()) for at in range(len(data))]
     assert data.learned().tolist() == expected
     assert len(set(expected)) > 5
+
+
+class TestOpenRows:
+    """`per_device_train_batch_size: auto`, decided when the rows are there."""
+
+    def test_what_is_decided_is_what_the_run_does(
+        self, tiny_model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made: list[tuple[int, int, int]] = []
+        seen: list[Any] = []
+
+        def chooses(spec: Any, batches_of: BatchesOf) -> tuple[Decision, ...]:
+            seen.append(batches_of(with_training(spec, per_device_train_batch_size=3)))
+            return Decision(ROWS, 2, "two fit"), Decision(PASSES, 4, "4 x 2 are 8")
+
+        training = {"per_device_train_batch_size": "auto", "max_steps": 2, "gradient_accumulation_steps": 1}
+        with batches_of_a_run(made):
+            trained(recipe(tiny_model, rows, tmp_path / "auto", training=training), None, choose_rows=chooses)
+        assert len(seen[0].train) == 3
+        assert [size for size, _, _ in made] == [2] * 8
+        assert f"{ROWS} = 2: two fit" in capsys.readouterr().out
+        spec = spec_of(tmp_path / "auto")
+        assert (spec.recipe.training.per_device_train_batch_size, spec.training_arguments[PASSES[9:]]) == (2, 4)
+        assert [one.why for one in spec.decisions if one.key == ROWS] == ["two fit"]
+        numbers = {**training, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+        trained(recipe(tiny_model, rows, tmp_path / "numbers", training=numbers), None)
+        same = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("auto", "numbers")]
+        assert same[0] == same[1]
+        # Going on, it keeps what was decided, though the recipe still says auto.
+        for changes in ([], ["training.max_steps=3"]):
+            if not changes:
+                (tmp_path / "auto" / "result.json").unlink()
+            again = resuming.reopen(tmp_path / "auto", changes, probe()).spec
+            training_of = again.recipe.training
+            assert (training_of.per_device_train_batch_size, training_of.gradient_accumulation_steps) == (2, 4)
+            assert again.training_arguments["per_device_train_batch_size"] == 2
+            assert [one.why for one in again.decisions if one.key == ROWS] == ["two fit"]
+        with pytest.raises(RunError, match="other settings for what it has already learned"):
+            resuming.reopen(tmp_path / "auto", [f"{ROWS}=4"], probe())
+
+    def test_without_a_plan_a_number_is_asked_for(self, tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+        def fails(*_: Any) -> Any:
+            raise ZeroDivisionError("odd")
+
+        values = recipe(tiny_model, rows, tmp_path / "run", training={"per_device_train_batch_size": "auto"})
+        with pytest.raises(RunError, match="no plan says how many rows fit at once") as stopped:
+            trained(values, None, choose_rows=fails)
+        assert stopped.value.problems[0].fix == "set training.per_device_train_batch_size to a number"
+
+    def test_several_processes_are_refused(
+        self, tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        values = recipe(tiny_model, rows, tmp_path / "run", training={"per_device_train_batch_size": "auto"})
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(RunError, match="decided by the plan of one process"):
+            trained(values, None)
 
 
 class TestWhatRanOut:
@@ -230,24 +298,53 @@ class TestRealPlans:
     """Of steps that are traced, on a machine that has less memory than there is."""
 
     def test_too_little_is_refused_with_a_change_that_fits(self, unreadable: Path, rows: Path, tmp_path: Path) -> None:
-        from ftune.memory.foreseen import foresee
+        from ftune.memory.foreseen import Foresight
 
         values = recipe(unreadable, rows, tmp_path / "run", training={"per_device_train_batch_size": 8})
         small = dataclasses.replace(probe(), memory_bytes=7 * MIB)
         with pytest.raises(MachineError) as refused:
-            trained(values, functools.partial(foresee, machine=small))
+            trained(values, Foresight(small).foresee)
         (problem,) = refused.value.problems
         assert problem.what.startswith("the largest batch, of 8 x 1")
         assert problem.what.endswith("and the processor has 7.0 MiB")
         assert "activations" in problem.why
-        change, _, _ = problem.fix.partition(", which needs")
+        change, _, _ = problem.fix.partition(", which ")
         settings = dict(part.split(": ") for part in change.removeprefix("set ").split(" with "))
         # What is advised passes, on the same machine.
         told = {key: json.loads(value) for key, value in settings.items()}
         assert told["per_device_train_batch_size"] * told["gradient_accumulation_steps"] == 8
         advised = recipe(unreadable, rows, tmp_path / "advised", training=told)
         with pytest.raises(RunError, match="damaged"):
-            trained(advised, functools.partial(foresee, machine=small))
+            trained(advised, Foresight(small).foresee)
+
+    def test_where_nothing_fits_a_wider_search_is_named(self, unreadable: Path, rows: Path, tmp_path: Path) -> None:
+        from ftune.memory.foreseen import Foresight
+
+        values = recipe(unreadable, rows, tmp_path / "run")
+        # Room for the weights, and for nothing that moves all of them.
+        small = dataclasses.replace(probe(), memory_bytes=400_000)
+        with pytest.raises(MachineError) as refused:
+            trained(values, Foresight(small).foresee)
+        (problem,) = refused.value.problems
+        assert "nothing that learns the same was found to fit: `ftune plan RECIPE --fit --allow " in problem.fix
+
+    def test_as_many_rows_as_fit_are_taken(self, unreadable: Path, rows: Path, tmp_path: Path) -> None:
+        from ftune.memory.foreseen import Foresight
+
+        training = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": 1}
+        values = recipe(unreadable, rows, tmp_path / "run", training=training)
+        small = dataclasses.replace(probe(), memory_bytes=7 * MIB)
+        foresight = Foresight(small)
+        with pytest.raises(RunError, match="damaged"):  # not refused: what was decided fits
+            trained(values, foresight.foresee, choose_rows=foresight.choose_rows)
+        decided = spec_of(tmp_path / "run").recipe.training
+        assert decided.rows_at_once in (2, 4)
+        assert decided.rows_at_once * decided.gradient_accumulation_steps == 8
+        # One size more would not have fit into nine tenths.
+        more = {"per_device_train_batch_size": 2 * decided.rows_at_once, "gradient_accumulation_steps": 1}
+        less = dataclasses.replace(probe(), memory_bytes=int(0.9 * 7 * MIB))
+        with pytest.raises(MachineError, match="does not fit"):
+            trained(recipe(unreadable, rows, tmp_path / "more", training=more), Foresight(less).foresee)
 
     def test_the_command(self, tiny_model: Path, rows: Path, tmp_path: Path, ftune: Any) -> None:
         import yaml

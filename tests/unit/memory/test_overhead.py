@@ -37,16 +37,16 @@ def test_a_trace_that_is_all_start() -> None:
 
 
 def test_what_a_run_needs() -> None:
-    replayed = Replay(1000 * MIB, 1200 * MIB, 0, 0, None)
+    replayed, least = Replay(1000 * MIB, 1200 * MIB, 0, 0, None), 1050 * MIB
     context = context_of((9, 0))
-    one = need(replayed.peak_allocated_bytes, replayed.peak_reserved_bytes, (9, 0))
-    assert one.low_bytes == (1000 + context.low_mib) * MIB
+    one = need(least, replayed.peak_reserved_bytes, (9, 0))
+    assert one.low_bytes == (1050 + context.low_mib) * MIB
     assert one.high_bytes == int((1200 * (1 + MARGIN) + context.high_mib) * MIB)
     assert one.fits(one.high_bytes) is True
     assert one.fits(one.high_bytes - 1) is None
     assert one.fits(one.low_bytes) is None
     assert one.fits(one.low_bytes - 1) is False
-    several = need(replayed.peak_allocated_bytes, replayed.peak_reserved_bytes, (9, 0), gpus=8)
+    several = need(least, replayed.peak_reserved_bytes, (9, 0), gpus=8)
     assert several.low_bytes > one.low_bytes
     assert several.high_bytes > one.high_bytes
 

@@ -10,8 +10,8 @@ import pytest
 
 from ftune.errors import RecipeError
 from ftune.machine import Gpu, Machine
+from ftune.memory.candidates import built
 from ftune.memory.changes import Situation, check_allowed, combinations, same_batch
-from ftune.memory.fit import built
 from ftune.memory.overhead import Need
 from ftune.memory.plan import MemoryPlan
 from ftune.memory.search import Candidate, Refused, Room, Search, best
@@ -88,14 +88,15 @@ class Device:
         )
 
 
-def search_of(given: Situation, device: Device) -> Search:
+def search_of(given: Situation, device: Device, most_plans: int | None = None) -> Search:
     def build(settings: Mapping[str, Any]) -> Candidate | Refused:
         key = f"{given} {settings}"
         if key not in _BUILT:
             _BUILT[key] = built(given.loaded, _MACHINE, settings)
         return _BUILT[key]
 
-    return Search(given, build, device.plan, device.bound, Room(device.capacity, int(device.capacity / 1.2)))
+    room = Room(device.capacity, int(device.capacity / 1.2))
+    return Search(given, build, device.plan, device.bound, room, most_plans)
 
 
 def brute_force(search: Search) -> Any:
@@ -131,6 +132,29 @@ def test_it_takes_what_trying_everything_takes(allow: str, rows: int, timed: boo
         assert device.traced <= other.traced
         outcomes.add(repr(found and found.candidate.settings))
     assert len(outcomes) > 5  # also what fits nowhere is among them
+
+
+@pytest.mark.parametrize("most", [2, 6])
+def test_with_few_plans_it_takes_what_it_has_seen(most: int) -> None:
+    given = situation(per_device_train_batch_size=6, gradient_accumulation_steps=4)
+    found = missed = 0
+    for seed in range(60):
+        device, whole = Device(seed, timed=True), Device(seed, timed=True)
+        for name in ("full", "adamw_torch", "adamw_torch_fused", "adamw_fused_backward"):
+            device.share(name), whole.share(name)
+        few = search_of(given, device, most)
+        taken, best_of_all = few.run(), search_of(given, whole).run()
+        assert device.traced <= most
+        if taken is not None:
+            assert taken.fits(comfortable=False)
+            assert best_of_all is not None
+            found += 1
+        # Rows that fit one at a time without any other change are seen in the first plans.
+        alone = few.tried.get((repr([]), 1))
+        assert taken is not None or alone is None or not alone.fits(comfortable=False)
+        missed += taken is None and best_of_all is not None
+    assert found > 20
+    assert missed < found
 
 
 def test_the_batch_and_what_is_not_allowed_stay() -> None:

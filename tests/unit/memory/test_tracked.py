@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -196,3 +197,55 @@ def test_a_process_is_as_it_was() -> None:
     x = torch.zeros(4, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.rsqrt(x).dtype == torch.bfloat16
+
+
+WIDE, NARROW, ROW, NUMBER = torch.randn(40, 50), torch.randn(40, 50).bfloat16(), torch.randn(50), torch.tensor(2.0)
+UNLIKE: list[tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = [
+    ("both whole", lambda wide, narrow: wide + narrow),
+    ("the other way", lambda wide, narrow: narrow + wide),
+    ("a row", lambda wide, narrow: narrow * ROW),
+    ("a narrow row", lambda wide, narrow: wide - narrow[0]),
+    ("an expanded row", lambda wide, narrow: wide / narrow[0].expand(40, 50)),
+    ("a number", lambda wide, narrow: narrow * NUMBER),
+    ("in place", lambda wide, narrow: wide.add_(narrow)),
+    ("in place of what is narrow", lambda wide, narrow: narrow.add_(wide)),
+    ("three", lambda wide, narrow: wide.addcmul_(narrow, narrow)),
+    ("a choice", lambda wide, narrow: torch.where(wide > 0, narrow, wide)),
+    ("a comparison", lambda wide, narrow: wide > narrow),
+    ("whole numbers", lambda wide, narrow: torch.ones(40, 50, dtype=torch.int64) + wide),
+    ("alike", lambda wide, narrow: wide + wide),
+]
+
+
+@pytest.mark.parametrize("compute", [compute for _, compute in UNLIKE], ids=[name for name, _ in UNLIKE])
+def test_a_processor_copies_operands_of_unlike_dtypes(
+    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    def profiled(wide: torch.Tensor, narrow: torch.Tensor) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            compute(wide, narrow)
+        events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+    def tracked_by(tracked: Tracked, wide: torch.Tensor, narrow: torch.Tensor) -> int:
+        with tracked:
+            tracked.own(Owner.BUFFER, [wide, narrow, ROW, NUMBER])
+            before = tracked.live_bytes
+            compute(wide, narrow)
+        return tracked.most_bytes - before
+
+    within = 16  # a single number is held by its kernel in more forms than one
+    real = profiled(WIDE.clone(), NARROW.clone())
+    assert abs(tracked_by(Tracked(), WIDE.clone(), NARROW.clone()) - real) <= within
+    with fake_mode() as fake:
+        wide, narrow = fake.from_tensor(WIDE), fake.from_tensor(NARROW)
+        assert abs(tracked_by(Tracked(), wide, narrow) - real) <= within
+
+
+def test_a_gpu_copies_none() -> None:
+    tracked = Tracked(on_processor=False)
+    with tracked:
+        tracked.own(Owner.BUFFER, [WIDE, NARROW])
+        before = tracked.live_bytes
+        WIDE + NARROW
+    assert tracked.most_bytes - before == WIDE.nbytes

@@ -91,6 +91,15 @@ def test_choices_on_an_h100(changes: dict[str, dict[str, Any]], key: str, value:
     assert settled("H100", changes)[key] == (pytest.approx(value) if isinstance(value, float) else value)
 
 
+def test_rows_are_left_to_the_plan() -> None:
+    training = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": 4}
+    spec = resolve(example({"training": training}), MACHINES["H100"])
+    (left,) = (decision for decision in spec.decisions if decision.key == "training.per_device_train_batch_size")
+    assert left.value == "auto"
+    assert "the plan decides: as many of the 32 rows of a step" in left.why
+    assert RunSpec.from_json(spec.to_json()) == spec
+
+
 def test_the_recipe_has_the_say() -> None:
     said = {"bf16": True, "fp16": False, "tf32": False, "learning_rate": 1.0, "max_grad_norm": 3, "eval_strategy": "no"}
     training = {**said, "dataloader_pin_memory": False}
