@@ -113,7 +113,7 @@ def spec_of(one: dict[str, Any], folder: Path) -> Any:
         },
     }
     for section, values in one.get("more", {}).items():
-        recipe[section] = {**recipe[section], **values}
+        recipe[section] = {**recipe.get(section, {}), **values}
     return resolve(load(recipe), probe())
 
 

@@ -31,16 +31,18 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     gpu: str | None = None,
+    gpus: int = 1,
     timeout_seconds: float | None = None,
 ) -> MemoryPlan:
     """Return what a run needs of a GPU, by name or size, else of this machine; raises ftune.errors.FtuneError.
 
+    Of several `gpus` that share the run it is what each needs.
     Steps of the run are traced in a process of its own, which takes seconds for each; more than `timeout_seconds` (600)
     raise RunError.
     """
     from ftune.memory.ask import ask
 
-    return ask(recipe, overrides, gpu=gpu, timeout_seconds=timeout_seconds).plan
+    return ask(recipe, overrides, gpu=gpu, timeout_seconds=timeout_seconds, ranks=gpus).plan
 
 
 def train(

@@ -21,6 +21,8 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME|SIZE", help="A GPU by name (a100-80gb, 4090) or by memory (24GiB).")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="How many GPUs of a node share the run.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, metavar="M", help="How many nodes do.")] = 1,
     fit: Annotated[bool, typer.Option("--fit", help="Find the cheapest changes with which it fits.")] = False,
     allow: Annotated[
         list[str] | None,
@@ -56,10 +58,12 @@ def plan(
 
         if html is not None:
             raise RecipeError(Problem("plan-html", "--html shows one plan, and --fit makes many", fix=_FIRST_FIT))
+        if gpus * nodes > 1:
+            raise RecipeError(Problem("plan-fit-devices", "--fit searches for one device", fix="leave --gpus out"))
         found_fit = search(recipe, override or (), gpu=gpu, allow=allow or (), timeout_seconds=timeout)
         _tell(found_fit, write, as_json=as_json)
         return
-    found = ask(recipe, override or (), gpu=gpu, timeout_seconds=timeout, whole=html is not None)
+    found = ask(recipe, override or (), gpu=gpu, timeout_seconds=timeout, whole=html is not None, ranks=gpus * nodes)
     if html is not None:
         from ftune.memory import page
 

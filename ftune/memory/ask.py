@@ -52,10 +52,12 @@ def ask(
     gpu: str | None = None,
     timeout_seconds: float | None = None,
     whole: bool = False,
+    ranks: int = 1,
 ) -> Planned:
     """Return the plan of a recipe on a GPU by name or size; else on this machine's, or on its processor.
 
-    Neither weights nor data need be there, and no trace takes longer than it may. A `whole` plan is told from
+    Of several `ranks` it is the plan of each one's device. Neither weights nor data need be there, and no trace takes
+    longer than it may. A `whole` plan is told from
     all layers, and keeps the trace. Raises RecipeError and MachineError, and RunError for what cannot be traced.
     """
     machine, facts = machine_with(gpu)
@@ -67,15 +69,15 @@ def ask(
     def plan(one: RunSpec) -> MemoryPlan:
         key = repr(one.recipe.as_dict())
         if key not in plans:
-            plans[key] = plan_of(one, config, facts, machine)
+            plans[key] = plan_of(one, config, facts, machine, ranks=ranks)
         return plans[key]
 
     with kept_tracer(timeout_seconds):
         if spec.recipe.training.per_device_train_batch_size == "auto":
             decisions = choose_rows(spec, plan, config, facts, machine)
             spec = with_training(spec, **{one.key.partition(".")[2]: one.value for one in decisions})
-        step = step_of(spec, config) if whole else None
-        found = plan(spec) if step is None else plan_of(spec, config, facts, machine, whole=step)
+        step = step_of(spec, config, ranks=ranks) if whole else None
+        found = plan(spec) if step is None else plan_of(spec, config, facts, machine, whole=step, ranks=ranks)
         return Planned(spec, tuple(problems), found, decisions, step)
 
 
@@ -101,21 +103,21 @@ def plan_of(
     evaluated: Sequence[int] = (),
     learned: int | None = None,
     whole: Trace | None = None,
+    ranks: int = 1,
 ) -> MemoryPlan:
-    """Return the plan of a decided run; of the rows that `trace` is told, or of the largest that the recipe allows."""
+    """Return the plan of a decided run; of the rows that `trace` is told, or of the largest that the recipe allows.
 
-    shared = spec.recipe.distributed
-    if shared.zero_stage > 0 or shared.offload_optimizer != "none":
-        fix = "set zero_stage: 0 and offload_optimizer: none for the plan of a device that holds everything"
-        raise RecipeError(
-            Problem("plan-sharded", "what devices share, or keep on the host, is not planned yet", fix=fix)
-        )
+    With several `ranks` it is that of each one's device. Raises RecipeError for what is not planned.
+    """
+    if spec.recipe.distributed.offload_optimizer != "none":
+        fix = "set offload_optimizer: none for the plan of a device that holds the state, too"
+        raise RecipeError(Problem("plan-offload", "what an optimizer keeps on the host is not planned yet", fix=fix))
 
     def trace_of(layers: int | None) -> Trace:
-        return step_of(spec, config, lengths=lengths, evaluated=evaluated, learned=learned, layers=layers)
+        return step_of(spec, config, lengths=lengths, evaluated=evaluated, learned=learned, layers=layers, ranks=ranks)
 
     with kept_tracer():
-        return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes, whole=whole)
+        return planned(spec, config, gpu, trace_of, host_memory_bytes=machine.memory_bytes, whole=whole, devices=ranks)
 
 
 def step_of(
@@ -126,12 +128,20 @@ def step_of(
     evaluated: Sequence[int] = (),
     learned: int | None = None,
     layers: int | None = None,
+    ranks: int = 1,
 ) -> Trace:
     """Return the trace of a run's step, with so many layers or with all; of many passes a few are followed."""
 
     def taken(few: RunSpec) -> Trace:
         return trace(
-            few, config, device=few.device_type, lengths=lengths, evaluated=evaluated, learned=learned, layers=layers
+            few,
+            config,
+            device=few.device_type,
+            lengths=lengths,
+            evaluated=evaluated,
+            learned=learned,
+            layers=layers,
+            ranks=ranks,
         )
 
     return of_many_passes(spec, taken)

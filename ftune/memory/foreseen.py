@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from ftune.errors import Problem
@@ -63,6 +64,7 @@ class Foresight:
                 config_of_model(spec.recipe.model),
                 self._gpu,
                 self._machine,
+                ranks=int(os.environ.get("WORLD_SIZE", "1")),
                 lengths=largest.train,
                 evaluated=largest.evaluated,
                 learned=largest.learned,

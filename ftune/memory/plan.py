@@ -61,6 +61,8 @@ class MemoryPlan:
     """Of the whole run; None where their number depends on how many rows there are."""
     assumed: str = ""
     """What a name that fits several GPUs was taken for."""
+    devices: int = 1
+    """How many share the run; bytes are those of each."""
 
     @property
     def live_bytes(self) -> int:
@@ -113,6 +115,7 @@ class MemoryPlan:
             "tight": self.is_tight,
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
+            "devices": self.devices,
             "tokens_per_step": self.tokens_per_step,
             "seconds_per_step": self.seconds_per_step,
             "tokens_per_second": self.tokens_per_second,
@@ -167,11 +170,12 @@ def planned(
     *,
     host_memory_bytes: int = 0,
     whole: Trace | None = None,
+    devices: int = 1,
 ) -> MemoryPlan:
     """Return the plan of a run on a GPU; without one, on a processor with so much memory.
 
     `trace_of` traces the step of the model with a number of layers, or with all that it has (None); `whole` is a trace
-    of all, where there is one.
+    of all, where there is one. Several devices share the run, and each has one trace.
     """
     traces: dict[int | None, Trace] = {} if whole is None else {None: whole}
 
@@ -202,7 +206,8 @@ def planned(
         capacity_bytes=gpu.memory_bytes if gpu is not None else host_memory_bytes or None,
         host_bytes=round(beyond.host),
         disk_bytes=_on_disk(recipe.training, round(beyond.checkpoint), round(beyond.result)),
-        tokens_per_step=rows * recipe.data.max_length,
+        tokens_per_step=rows * recipe.data.max_length * devices,
+        devices=devices,
         seconds_per_step=beyond.seconds or None,
         steps=recipe.training.max_steps if recipe.training.max_steps > 0 else None,
         assumed=gpu.assumed if gpu is not None else "",

@@ -43,7 +43,8 @@ def heading(spec: RunSpec, plan: MemoryPlan) -> str:
     times = recipe.training.gradient_accumulation_steps
     batch = f"{rows} x {recipe.data.max_length:,} tokens" + (f", {times} times a step" if times > 1 else "")
     method = f"{recipe.tuning.method}, {recipe.training.optim}, {recipe.model.dtype} weights"
-    return f"{recipe.model.model_name_or_path}: {method}, {batch}; on {plan.device}"
+    where = f"each of {plan.devices} x {plan.device}" if plan.devices > 1 else plan.device
+    return f"{recipe.model.model_name_or_path}: {method}, {batch}; on {where}"
 
 
 def lines_of(plan: MemoryPlan) -> list[str]:
@@ -60,14 +61,16 @@ def lines_of(plan: MemoryPlan) -> list[str]:
     if plan.seconds_per_step is not None:
         speed = plan.tokens_per_second or 0.0
         lines.append(f"about {plan.seconds_per_step:.2g} s a step, {speed:,.0f} tokens/s (a model, not measured)")
-        lines.append(_course(plan.seconds_per_step, plan.steps))
+        lines.append(_course(plan.seconds_per_step, plan.steps, plan.devices))
+        if plan.devices > 1:
+            lines.append("what the devices send each other takes time besides, which is not in it")
     return lines
 
 
-def _course(seconds_per_step: float, steps: int | None) -> str:
+def _course(seconds_per_step: float, steps: int | None, devices: int) -> str:
     """Return how long a run takes; of one whose steps depend on its rows, a thousand steps of it."""
     seconds = seconds_per_step * (steps or 1000)
-    said = f"{steps or 1000:,} steps take about {format_duration(seconds)}, {seconds / 3600:.2g} GPU-hours"
+    said = f"{steps or 1000:,} steps take about {format_duration(seconds)}, {seconds * devices / 3600:.2g} GPU-hours"
     return said + (", besides evaluating and saving" if steps else "; how many there are depends on the rows")
 
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
+import torch
+from accelerate import PartialState
+from torch import distributed
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback
 
@@ -128,7 +131,11 @@ def steps(
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
             dataloader_prefetch_factor=None,
+            ddp_backend="gloo" if distributed.is_initialized() else None,
         )
+        if settings.world_size > 1:
+            # Several ranks number the processor, and tensors without numbers of cpu:0 are not those of cpu.
+            PartialState().device = settings.__dict__["_setup_devices"] = torch.device("cpu")
         collator = Collator(0, flatten=is_flash(recipe))
         with quiet():
             trainer = FtuneTrainer(Parts(recipe, model, None, rows, eval_rows, collator, settings), [])

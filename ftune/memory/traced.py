@@ -41,6 +41,8 @@ class Asked:
     """At how many places of a micro-batch a token is learned; None for all."""
     layers: int | None = None
     """How many layers to trace; None for all that the model has."""
+    ranks: int = 1
+    """How many processes share the run; the first one's step is traced."""
 
 
 def trace(
@@ -52,6 +54,7 @@ def trace(
     evaluated: Sequence[int] = (),
     learned: int | None = None,
     layers: int | None = None,
+    ranks: int = 1,
 ) -> Trace:
     """Return the record of a training step after the first, and of an evaluation where the recipe has one.
 
@@ -63,6 +66,7 @@ def trace(
         path = Path(folder) / "trace"
         asked = {"spec": spec.to_json(), "config": dict(config), "device": device}
         asked |= {"lengths": list(lengths), "evaluated": list(evaluated), "learned": learned, "layers": layers}
+        asked |= {"ranks": ranks}
         try:
             code, said = run_traced(json.dumps(asked), path)
         except TookTooLong:
@@ -90,6 +94,10 @@ def traced_here(asked: Asked) -> Trace:
     from ftune import plugin
     from ftune.memory.peak import peak
 
+    if asked.ranks > 1:
+        from ftune.memory.ranks import become_one_of
+
+        become_one_of(asked.ranks)
     if not plugin.tuning(asked.spec.recipe.tuning.method).rotates:
         return _traced(asked, None)[0]
     found, number, count = [], 0, 1
@@ -106,15 +114,21 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
     from ftune.memory.bits import paged_on_host
     from ftune.memory.cuda import as_on_cuda
     from ftune.memory.numberless import fake_mode, numberless
+    from ftune.memory.ranks import replicated
     from ftune.memory.skeleton import config_from, skeleton
     from ftune.memory.step import Follow, Rows, evaluated_rows, masks_documents, steps, worst_lengths
     from ftune.memory.tracked import IN_PYTHON, IN_PYTHON_ON_CUDA, Tracked
     from ftune.memory.turns import COUNTED, Turn
+    from ftune.sharding.model import split
 
     spec, on_cuda = asked.spec, asked.device == "cuda"
     lengths, fake = asked.lengths or worst_lengths(spec), fake_mode()
     model = skeleton(spec.recipe, config_from(asked.config, layers=asked.layers), fake)
     tracked = Tracked(kernels=IN_PYTHON_ON_CUDA if on_cuda else IN_PYTHON, on_processor=not on_cuda)
+    stage = spec.recipe.distributed.zero_stage
+    if asked.ranks > 1 and stage >= 2:
+        with numberless(fake):
+            split(model, "cpu", stage=stage)
     tracked.follow(model)
     evaluated = evaluated_rows(spec, asked.evaluated)
     counted = 2 if turn is None else COUNTED
@@ -133,6 +147,7 @@ def _traced(asked: Asked, turn: int | None) -> tuple[Trace, int]:
             if plugin.optimizer(spec.recipe.optimizer.method).pages_state:
                 stack.enter_context(paged_on_host(tracked))
         stack.enter_context(tracked)
+        stack.enter_context(replicated(tracked))
         rows = Rows(lengths, packed=masks_documents(spec.recipe), learned=asked.learned)
         if turn is not None:
             callbacks.append(takes_turns)
