@@ -193,8 +193,9 @@ class FtuneTrainer(SavingTrainer):
         sums = torch.zeros(3 + 2 * len(names), dtype=torch.float64, device=self.args.device)
         by_source = sums[3:].view(-1, 2) if names else None
         with torch.no_grad():
-            for batch in dataloader:
+            for number, batch in enumerate(dataloader):
                 batch = self._prepare_inputs(batch)
+                self._leave_out_repeated(batch, number)
                 count = (batch["labels"][:, 1:] != IGNORED).sum()
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
                     loss = self.objective.loss(
@@ -206,11 +207,20 @@ class FtuneTrainer(SavingTrainer):
                         by_source=by_source,
                     )
                 sums[:3] += torch.stack([loss.double(), count.double(), torch.ones_like(sums[2])])
-        # `even_batches` repeats rows so that ranks have equal counts: with several ranks a few rows count twice.
         total, tokens, batches, *rest = self.accelerator.reduce(sums, "sum").tolist()
         what = f"{named.get('metric_key_prefix', 'eval')}_loss"
         metrics = {what: total / tokens if tokens else math.nan, **losses_by_source(names, rest, what)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(batches))
+
+    def _leave_out_repeated(self, batch: dict[str, Any], number: int) -> None:
+        """Learn nothing of rows of an evaluation that are repeated, so that ranks have equally many batches.
+
+        Rows that flash attention sees as one are left as they are: a few of them count twice.
+        """
+        size, ranks = self.args.eval_batch_size, self.accelerator.num_processes
+        if ranks > 1 and len(batch["labels"]) == size:
+            first = (number * ranks + self.args.process_index) * size
+            batch["labels"][max(0, len(self.eval_dataset) - first) :] = IGNORED
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save the best weights when they are found, whatever the save interval, if the run is to end with them."""
