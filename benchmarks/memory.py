@@ -265,9 +265,9 @@ def main() -> None:
             print(_row(found), flush=True)
             if "predicted_bytes" in found:
                 known[name_of(found)] = found
-    lines = (known[name_of(one)] for one in combinations() if name_of(one) in known)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines = (known[name_of(one)] for one in combinations() if name_of(one) in known)
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _measured(path: Path) -> dict[str, dict[str, Any]]:

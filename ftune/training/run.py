@@ -73,12 +73,7 @@ def _run(
     # Before any process group: ranks wait on files for the one that tokenises, whom no watchdog then ends.
     tokenizer = load_tokenizer(recipe.model, shown.say)
     data = load_rows(spec, tokenizer)
-    if spec.recipe.data.format == "auto":
-        check_later(spec, "data.format", data.format, shown.say)
-        spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
-    if spec.recipe.training.per_device_train_batch_size == "auto":
-        assert choose_rows is not None, "who leaves rows open says who chooses them"
-        spec = settle_rows(choose_rows, spec, data, shown)
+    spec = _settled(spec, data, choose_rows, shown)
     if foretells is not None:
         course.forecast = foretells(spec, data, shown)
     spec, model = load_base(spec, shown)
@@ -121,6 +116,17 @@ def _run(
         predicted_peak_bytes=course.forecast.allocated_bytes if course.forecast is not None else None,
         shown=shown,
     )
+
+
+def _settled(spec: RunSpec, data: Prepared, choose_rows: ChooseRows | None, shown: progress.Progress) -> RunSpec:
+    """Return the spec with what only the rows could tell."""
+    if spec.recipe.data.format == "auto":
+        check_later(spec, "data.format", data.format, shown.say)
+        spec = directory.settle(spec, Decision("data.format", data.format, "the first row has its keys"))
+    if spec.recipe.training.per_device_train_batch_size == "auto":
+        assert choose_rows is not None, "who leaves rows open says who chooses them"
+        spec = settle_rows(choose_rows, spec, data, shown)
+    return spec
 
 
 def _trainer(spec: RunSpec, parts: Parts, callbacks: list[TrainerCallback], shown: progress.Progress) -> FtuneTrainer:
