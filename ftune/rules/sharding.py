@@ -183,7 +183,12 @@ RULES: tuple[Rule, ...] = (
         instead="set optim_args: {{accumulate: buffer}}",
         also=_SPLITS,
         bad={
-            "training": {"optim": "lomo", "optim_args": {"accumulate": "forward"}, "gradient_accumulation_steps": 2},
+            "training": {
+                "optim": "lomo",
+                "optim_args": {"accumulate": "forward"},
+                "gradient_accumulation_steps": 2,
+                "gradient_checkpointing": True,
+            },
             "distributed": {"zero_stage": 3},
         },
         good={
