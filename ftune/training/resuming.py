@@ -56,8 +56,31 @@ class Continued:
     notes: tuple[str, ...]
 
 
-def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continued:
-    """Return what a stopped run goes on with; raises RunError where it cannot, saying what differs."""
+def go_on(directory: Path, machine: Machine) -> Continued:
+    """Return what a rank of a launch trains: from the beginning, or from the newest whole checkpoint.
+
+    Whoever launched it has compared the rest; this host's own packages and devices are looked at here.
+    """
+    spec = _with_output(_read_spec(directory), directory.resolve())
+    raise_errors(check(Loaded(spec.recipe, source.Source(rundir.RECIPE, spec.recipe_text, {})), machine))
+    found, damaged = checkpoint.latest(directory)
+    if found is not None:
+        _check_ranks(found, ranks_here())
+    if os.environ.get("RANK", "0") == "0":
+        _put_aside(path for path, _ in damaged)
+    return Continued(spec, found, (f"going on from {found.name}",) if found else ())
+
+
+def ranks_here() -> int:
+    """Return of how many processes this one is, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def reopen(directory: Path, changes: Sequence[str], machine: Machine, *, ranks: int | None = None) -> Continued:
+    """Return what a stopped run goes on with; raises RunError where it cannot, saying what differs.
+
+    `ranks` is how many processes it goes on with, by default those that there are.
+    """
     before = _with_output(_read_spec(directory), directory.resolve())
     if not changes and rundir.status(directory) == "finished":
         raise RunError(_finished(directory, before))
@@ -78,7 +101,7 @@ def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continu
     with held(directory) if main else contextlib.nullcontext():
         found, damaged = checkpoint.latest(directory)
         if found is not None:
-            _check_ranks(found)
+            _check_ranks(found, ranks or ranks_here())
         if rundir.status(directory) == "finished":
             _require_more(directory, before, spec, found)
         if main:
@@ -198,12 +221,11 @@ def _check_data(spec: RunSpec) -> None:
         raise RunError(Problem("resume-data", f"{name} {how}", why=why, fix=fix))
 
 
-def _check_ranks(found: Path) -> None:
+def _check_ranks(found: Path, now: int) -> None:
     before = json.loads((found / checkpoint.STATE).read_text(encoding="utf-8"))["ranks"]
-    now = int(os.environ.get("WORLD_SIZE", "1"))
     if before != now:
         why = f"{found.name} was saved by {before}: batches would be drawn in another order"
-        fix = f"start it as before: torchrun --nproc_per_node {before} -m ftune resume RUN_DIR"
+        fix = f"start it as before: ftune resume RUN_DIR --gpus {before} (or as many over several --nodes)"
         fix = fix if before > 1 else "start it in one process: ftune resume RUN_DIR"
         raise RunError(Problem("resume-ranks", f"this run cannot go on with {now} ranks", why=why, fix=fix))
 

@@ -36,16 +36,17 @@ def train(
     checkpoint: Path | None = None,
     foresee: Foresee | None = None,
     force: bool = False,
+    launched: bool = False,
 ) -> RunResult:
     """Run a spec from its start or from a checkpoint; raises FtuneError, and leaves `result.json` in every case.
 
     Where `foresee` is given, the run's plan is asked for before its weights are loaded. One that cannot fit stops the
-    run, unless that is forced.
+    run, unless that is forced. `launched` says that a launcher passes on what the user asks for.
     """
     main = os.environ.get("RANK", "0") == "0"
     shown = progress.choose(plain=plain, main=main)
     home = Path(spec.recipe.training.output_dir)
-    stop = StopOnRequest()
+    stop = StopOnRequest(launched=launched)
     held = directory.held(home) if main else contextlib.nullcontext()
     with held, failure.written_down(spec, main=main) as course, stop.listening():
         try:
