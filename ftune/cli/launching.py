@@ -164,8 +164,9 @@ def node_plan(
 
 def follow(directory: Path, layout: Layout, plan: LaunchPlan) -> None:
     """Start the ranks of this node and see them through; raises what they failed of first."""
+    from ftune import rundir
     from ftune.cli import crash
-    from ftune.ranks import network
+    from ftune.ranks import network, records
     from ftune.ranks.watch import Watch
 
     if layout.nodes > 1 and layout.node_rank == 0:
@@ -178,6 +179,10 @@ def follow(directory: Path, layout: Layout, plan: LaunchPlan) -> None:
     if cause.kind == "crash":
         print(f"rank {cause.rank} on {cause.host} failed", file=sys.stderr)
         raise typer.Exit(crash.report(cause.traceback))
+    if cause.kind in records.RESTARTED and rundir.checkpoints(directory):
+        again = f"go on with: ftune resume {directory} {shlex.join(layout.options())}"
+        first, *rest = cause.problems
+        cause = replace(cause, problems=(replace(first, fix="; or ".join(filter(None, (again, first.fix)))), *rest))
     raise cause.error()
 
 

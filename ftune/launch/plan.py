@@ -125,13 +125,14 @@ def agent_plan(
 def _environment(layout: Layout, interface: Interface, cpu_cores: int, recipe_digest: str) -> dict[str, str]:
     found = {
         HANG_SECONDS: str(layout.hang_seconds),
-        NODE: str(layout.node_rank),
         # Without it gloo asks what this host's name stands for, which often is 127.0.0.1.
         "GLOO_SOCKET_IFNAME": interface.name,
         # Otherwise each rank would take all cores for itself.
         "OMP_NUM_THREADS": str(max(1, cpu_cores // layout.ranks_per_node)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    if layout.nodes > 1:
+        found[NODE] = str(layout.node_rank)
     if recipe_digest:
         found[RECIPE_DIGEST] = recipe_digest
     if layout.on_cpu:

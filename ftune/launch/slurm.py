@@ -45,8 +45,7 @@ def _text(directory: Path, layout: Layout, folder: Path, options: Sequence[str])
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# Trains {directory}: its run.json says everything. Submitted again or requeued, it goes on from the last",
-            "# checkpoint.",
+            f"# Trains {directory}: its run.json says everything. Requeued, it goes on from the last checkpoint.",
             *lines,
             "",
             f"cd {shlex.quote(str(folder))} || exit 5",

@@ -1,4 +1,4 @@
-"""What is looked at before the first step, on every rank: hosts that differ, a directory that is not shared, the network.
+"""What is looked at before the first step: hosts that differ, a directory that is not shared, the network.
 
 The ranks tell each other through the store that started them, before there is a process group whose watchdog could end
 a rank that tokenises. The group that measures the network is gone again when this returns.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ftune import rundir
 from ftune.errors import DataError, FtuneError, Interrupted, MachineError, Place, Problem, RecipeError, RunError
+from ftune.launch.plan import NODE
 
 FOLDER = "FTUNE_RECORDS"
 """Names a folder of this node, for what cannot be written into a run directory whose disk is full."""
@@ -59,7 +60,7 @@ def of_this_process(kind: Kind, exit_code: int, problems: Sequence[Problem], tra
 
 def host() -> str:
     """Return what this node is called in messages: its name, and in a launch of several its number."""
-    number = os.environ.get("FTUNE_NODE")
+    number = os.environ.get(NODE)
     return socket.gethostname() + (f" (node {number})" if number is not None else "")
 
 
