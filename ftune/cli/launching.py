@@ -18,6 +18,8 @@ from ftune.launch import Interface, LaunchPlan, Layout, agent_plan, node_command
 from ftune.machine import Machine, probe
 from ftune.resolve import RunSpec
 
+_PREFLIGHT_SUFFIX = ".preflight"
+
 
 def check_words(given: Layout, gpus: int | None, *, scheduled: bool = False) -> None:
     """Raise RecipeError where the options of a launch make no sense together; forget what a cluster says of ranks."""
@@ -184,6 +186,41 @@ def follow(directory: Path, layout: Layout, plan: LaunchPlan) -> None:
         first, *rest = cause.problems
         cause = replace(cause, problems=(replace(first, fix="; or ".join(filter(None, (again, first.fix)))), *rest))
     raise cause.error()
+
+
+def preflight(recipe: str, given: Layout, gpus: int | None) -> None:
+    """Start the ranks of a launch, have them compare their hosts, and let them go; raises what is wrong.
+
+    They meet in a folder beside the run directory, which is made for it and removed again.
+    """
+    from ftune import rundir
+    from ftune.resolve import examine, raise_errors, resolve
+
+    check_words(given, gpus)
+    machine = machine_of(given)
+    layout = laid_out(given, gpus, machine)
+    loaded, problems = examine(recipe, (), machine, trains=False)
+    raise_errors(problems)
+    assert loaded is not None
+    spec = resolve(loaded, machine)
+    home = Path(spec.recipe.training.output_dir)
+    directory = home.with_name(home.name + _PREFLIGHT_SUFFIX)
+    plan = node_plan(directory, layout, machine, ranks=["--preflight"], digest=_digest(spec))
+    if layout.node_rank > 0:
+        follow(directory, layout, plan)
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        directory.mkdir(parents=True)
+        rundir.write_text(directory / rundir.RUN, spec.to_json())
+        if layout.nodes > 1:
+            print(f"start the other nodes with the same words and --node-rank 1 to {layout.nodes - 1}", flush=True)
+        follow(directory, layout, plan)
+    except OSError as error:
+        fix = "choose a training.output_dir you can write to"
+        raise RunError(Problem("output-dir", f"cannot write to {directory}", why=str(error), fix=fix)) from None
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def submit(spec: RunSpec, layout: Layout, options: Sequence[str], *, dry_run: bool, start: bool) -> None:

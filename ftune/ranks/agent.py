@@ -102,7 +102,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = STOP.name
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # torchrun's own words; each of its loggers sets its own level
     arguments = parse_args(sys.argv[1:])
     arguments.signals_to_handle = STOP.name
     directory = _directory(sys.argv)
