@@ -32,6 +32,9 @@ STOP = signal.SIGUSR1
 """Ends an agent and its ranks. Ctrl-C and SIGTERM are for the launcher alone, which has ranks end after their step."""
 
 
+_ENDED_BY = (signal.SIGTERM, signal.SIGINT, STOP)
+
+
 class Agent(LocalElasticAgent):
     """Starts the ranks of this node, and writes down how each one that failed did."""
 
@@ -61,7 +64,9 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
-            for rank, failure in sorted(result.failures.items()):
+            # Those that the agent ended itself, since one had failed, are in the same list.
+            own = {rank: failure for rank, failure in result.failures.items() if -failure.exitcode not in _ENDED_BY}
+            for rank, failure in sorted((own or result.failures).items()):
                 self._note(rank, failure)
         return result
 

@@ -18,7 +18,7 @@ from ftune.errors import Problem
 from ftune.ranks import place, records
 from ftune.ranks.pulse import Observer, Sample, hung
 
-_FIX = "where it comes of slow work, allow more: --hang-timeout SECONDS (0 never ends a run for it)"
+_FIX = "if it was slow and not hung, allow more: --hang-timeout SECONDS (0 ends no run for it)"
 
 
 class Heart:

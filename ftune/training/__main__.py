@@ -22,16 +22,21 @@ def main(arguments: list[str]) -> int:
     """Train one rank; return what its process leaves with."""
     directory = Path(arguments[0])
     life.follow_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _at_once)
+    _listen_to(_at_once)
     place.tell()
     try:
         _train(directory, only_preflight="--preflight" in arguments, plain="--plain" in arguments)
     except BaseException as error:
+        _listen_to(signal.SIG_IGN)  # the agent ends the others as soon as it sees one fail
         record = _record(error, directory)
         records.write(record, records.folders(directory))
         return 0 if record.kind == "interrupted" else record.exit_code
     return 0
+
+
+def _listen_to(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handler)
 
 
 def _at_once(number: int, frame: Any) -> None:

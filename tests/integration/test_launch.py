@@ -119,7 +119,7 @@ def test_a_lost_rank_is_started_again(values: dict[str, Any], start: Callable[..
     launch.wait_for_step(run, 4)
     launch.rank(0).kill()
     assert launch.end() == 0, launch.text()
-    assert "rank 0 on" in launch.text()
+    assert "killed by signal 9 (SIGKILL); starting again" in launch.text()
     assert "starting again from the last checkpoint (1 of 1)" in launch.text()
     assert launch.left_over() == []
     equals_one_process(values, run, tmp_path)
