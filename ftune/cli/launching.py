@@ -19,6 +19,7 @@ from ftune.machine import Machine, probe
 from ftune.resolve import RunSpec
 
 _PREFLIGHT_SUFFIX = ".preflight"
+_JOB_JOIN_SECONDS = 600
 
 
 def check_words(given: Layout, gpus: int | None, *, scheduled: bool = False) -> None:
@@ -229,6 +230,8 @@ def submit(spec: RunSpec, layout: Layout, options: Sequence[str], *, dry_run: bo
     from ftune.training import directory as directories
 
     directory = Path(spec.recipe.training.output_dir)
+    # The first node may have a large checkpoint to look through before it opens its port.
+    layout = replace(layout, join_seconds=max(layout.join_seconds, _JOB_JOIN_SECONDS))
     plan = slurm_plan(directory, layout, folder=Path.cwd(), options=options)
     ((path, text),) = plan.files.items()
     if dry_run:

@@ -115,7 +115,7 @@ def main() -> int:
         return _run(directory, arguments)
     except SignalException:
         return 1
-    except RendezvousError as error:
+    except RendezvousError as error:  # before the ranks were started
         what = f"the nodes of this launch did not meet: {socket.gethostname()} waited in vain"
         why = f"{type(error).__name__}: {error}; one has not been started, or cannot be reached"
         fix = (
@@ -153,6 +153,11 @@ def _run(directory: Path, arguments: Any) -> int:
     agent = Agent(directory, spec, config.logs_specs, exit_barrier_timeout=60, shutdown_timeout=config.shutdown_timeout)
     try:
         result = agent.run()
+    except RendezvousError as error:
+        if agent.heart is None or agent.heart.ended:
+            raise
+        agent.heart.lost_first_node(str(error))
+        return 1
     finally:
         if agent.heart is not None:
             agent.heart.stop()

@@ -60,6 +60,11 @@ class Heart:
         """Look no more."""
         self._stopping.set()
 
+    def lost_first_node(self, why: str) -> None:
+        """End this node's ranks, since the agent could not ask the first node whether others have come."""
+        what = f"node 0 cannot be reached any more from {records.host()}"
+        self._end("lost-node", Problem("node-lost", what, why=why.strip()[:300], fix=_FIX))
+
     def _watch(self) -> None:
         while not self._stopping.wait(place.INTERVAL_SECONDS):
             self._mine = self._observer.look(self.processes)

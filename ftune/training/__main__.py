@@ -12,14 +12,15 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from ftune import rundir
 from ftune.errors import FtuneError, Interrupted, Problem
 from ftune.ranks import life, place, records
 
 
-def main(arguments: list[str]) -> int:
-    """Train one rank; return what its process leaves with."""
+def main(arguments: list[str]) -> NoReturn:
+    """Train one rank, and leave with what became of it."""
     directory = Path(arguments[0])
     life.follow_parent()
     _listen_to(_at_once)
@@ -30,8 +31,21 @@ def main(arguments: list[str]) -> int:
         _listen_to(signal.SIG_IGN)  # the agent ends the others as soon as it sees one fail
         record = _record(error, directory)
         records.write(record, records.folders(directory))
-        return 0 if record.kind == "interrupted" else record.exit_code
-    return 0
+        if record.kind == "interrupted":
+            _leave(0, saved=rundir.status(directory) == "interrupted")
+        _leave(record.exit_code, saved=False)
+    _leave(0, saved=True)
+
+
+def _leave(status: int, *, saved: bool) -> NoReturn:
+    """End this process: as any other, or at once where a process group may be broken, whose threads never return."""
+    if not saved:
+        life.end(status)
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.exit(status)
 
 
 def _listen_to(handler: Any) -> None:
@@ -111,4 +125,4 @@ def _last_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    life.end(main(sys.argv[1:]))
+    main(sys.argv[1:])
