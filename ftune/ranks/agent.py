@@ -42,6 +42,8 @@ class Agent(LocalElasticAgent):
         super().__init__(*arguments, **named)
         self.directory = directory
         self.heart: Heart | None = None
+        """None unless ranks run that are watched."""
+        self.before = records.names(records.folders(directory))
 
     def attempt(self) -> int:
         """Return how often the ranks have been started anew."""
@@ -72,18 +74,19 @@ class Agent(LocalElasticAgent):
 
     def _note(self, rank: int, failure: Any) -> None:
         """Write down a rank that could not do so itself; what the agent ended is no failure."""
-        hung = self.heart is not None and self.heart.ended
+        ended = self.heart is not None and self.heart.ended
         told = any(
             record.rank == rank and record.attempt == self.attempt()
-            for record in records.read(records.folders(self.directory))
+            for record in records.read(records.folders(self.directory), but=self.before)
         )
-        if hung or told or failure.exitcode == 0:
+        if ended or told or failure.exitcode == 0:
             return
         records.write(_lost(rank, failure, self.attempt()), records.folders(self.directory))
 
     def _stop_workers(self, worker_group: Any) -> None:
         if self.heart is not None:
             self.heart.stop()
+            self.heart = None
         super()._stop_workers(worker_group)
 
 
@@ -154,7 +157,7 @@ def _run(directory: Path, arguments: Any) -> int:
     try:
         result = agent.run()
     except RendezvousError as error:
-        if agent.heart is None or agent.heart.ended:
+        if agent.heart is None:  # the ranks had been ended, to be started anew
             raise
         agent.heart.lost_first_node(str(error))
         return 1

@@ -101,14 +101,13 @@ def test_what_sbatch_refuses_is_told(path: Path, ftune: Run) -> None:
     assert f"sbatch {path.parent / 'run'}" in done.stderr
 
 
-def test_a_job_is_decided_for_the_gpu_of_its_nodes(path: Path, ftune: Run) -> None:
-    words = ("launch", path, "--gpus", "8", "--nodes", "2", "--slurm", "--no-start", "--gpu", "a100-80gb")
-    done = ftune(*words, "--set", "training.bf16=auto")
-    if "built for CPUs alone" in done.stderr:
-        assert done.returncode == 3
-        pytest.skip("the PyTorch here is for CPUs, which a job for GPUs is refused for")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((path.parent / "run" / "run.json").read_text())["recipe"]["training"]["bf16"] is True
+def test_a_job_is_decided_for_the_gpu_of_its_nodes() -> None:
+    machine = launching.machine_of(Layout(8), "a100-80gb")
+    assert len(machine.gpus) == 8
+    assert machine.gpus[0].capability == (8, 0)
+    assert machine.computes_bfloat16()
+    with pytest.raises(RecipeError, match="a1000000"):
+        launching.machine_of(Layout(8), "a1000000")
 
 
 class TestManifest:
