@@ -159,7 +159,8 @@ def _run(directory: Path, arguments: Any) -> int:
     except RendezvousError as error:
         if agent.heart is None:  # the ranks had been ended, to be started anew
             raise
-        agent.heart.lost_first_node(str(error))
+        if not agent.heart.ended:
+            agent.heart.lost_first_node(str(error))
         return 1
     finally:
         if agent.heart is not None:
