@@ -156,6 +156,7 @@ ClusterName=ftune
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort=17000
 AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
 SlurmUser=root
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -190,7 +191,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     (folder / "munge").mkdir()
     socket = folder / "munge" / "socket"
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    (folder / "slurm.conf").open("a").write(f"AuthInfo=socket={socket}\n")
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
