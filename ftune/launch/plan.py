@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftune import rundir
-from ftune.digest import sha256_of_text
 
 HANG_SECONDS = "FTUNE_HANG_SECONDS"
 RECIPE_DIGEST = "FTUNE_RECIPE_DIGEST"
@@ -104,7 +103,7 @@ def agent_plan(
         "nproc-per-node": str(layout.ranks_per_node),
         "rdzv-backend": "c10d",
         "rdzv-endpoint": layout.rendezvous or f"{interface.address}:0",
-        "rdzv-id": f"ftune-{sha256_of_text(str(directory))[:12]}",
+        "rdzv-id": "ftune",  # a name of the run would keep hosts apart that see it elsewhere, and are to be told so
         "rdzv-conf": ",".join(f"{name}={value}" for name, value in settings.items()),
         "local-addr": interface.address,
         "max-restarts": str(layout.max_restarts),

@@ -120,7 +120,7 @@ def main() -> int:
         return 1
     except RendezvousError as error:  # before the ranks were started
         what = f"the nodes of this launch did not meet: {socket.gethostname()} waited in vain"
-        why = f"{type(error).__name__}: {error}; one has not been started, or cannot be reached"
+        why = f"one has not been started, or cannot be reached ({type(error).__name__})"
         fix = (
             "start all of them, each with its own --node-rank, and let the port through; or wait longer: --join-timeout"
         )
