@@ -57,10 +57,12 @@ _OPTIONS = {"--max-restarts": "max_restarts", "--hang-timeout": "hang_seconds", 
 
 @dataclass(frozen=True)
 class Interface:
-    """The way from a node to the first one: this node's own address, and the name of the network device that has it."""
+    """The way from a node to the first one."""
 
     address: str
+    """This node's own."""
     name: str
+    """Of the network device that has it; empty where none is known to."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +126,20 @@ def agent_plan(
 def _environment(layout: Layout, interface: Interface, cpu_cores: int, recipe_digest: str) -> dict[str, str]:
     found = {
         HANG_SECONDS: str(layout.hang_seconds),
-        # Without it gloo asks what this host's name stands for, which often is 127.0.0.1.
-        "GLOO_SOCKET_IFNAME": interface.name,
         # Otherwise each rank would take all cores for itself.
         "OMP_NUM_THREADS": str(max(1, cpu_cores // layout.ranks_per_node)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    if interface.name:
+        # Without it gloo asks what this host's name stands for, which often is 127.0.0.1.
+        found["GLOO_SOCKET_IFNAME"] = interface.name
     if layout.nodes > 1:
         found[NODE] = str(layout.node_rank)
     if recipe_digest:
         found[RECIPE_DIGEST] = recipe_digest
     if layout.on_cpu:
         found["CUDA_VISIBLE_DEVICES"] = ""
-    elif layout.nodes > 1:
+    elif layout.nodes > 1 and interface.name:
         found["NCCL_SOCKET_IFNAME"] = interface.name
     return found
 
