@@ -32,6 +32,8 @@ STOP = signal.SIGUSR1
 """Ends an agent and its ranks. Ctrl-C and SIGTERM are for the launcher alone, which has ranks end after their step."""
 
 
+_PARTING_SECONDS = 24 * 3600
+"""How long the agents of ranks that are done wait for the others: the first rank may still write a large model."""
 _ENDED_BY = (signal.SIGTERM, signal.SIGINT, STOP)
 
 
@@ -153,7 +155,13 @@ def _run(directory: Path, arguments: Any) -> int:
         monitor_interval=config.monitor_interval,
         local_addr=config.local_addr,
     )
-    agent = Agent(directory, spec, config.logs_specs, exit_barrier_timeout=60, shutdown_timeout=config.shutdown_timeout)
+    agent = Agent(
+        directory,
+        spec,
+        config.logs_specs,
+        exit_barrier_timeout=_PARTING_SECONDS,
+        shutdown_timeout=config.shutdown_timeout,
+    )
     try:
         result = agent.run()
     except RendezvousError as error:

@@ -31,24 +31,30 @@ class Heart:
         self.ranks = int(group.workers[0].world_size)
         self.processes, self.folders = list(processes), list(folders)
         self.meeting = (str(group.master_addr), int(group.master_port))
-        self.round = self._name_round(group.store)
+        self.round, self.hosts = self._agree(group.store)
         self.attempt, self.limit_seconds = attempt, limit_seconds
         self.ended = False
         """Whether the ranks were ended from here."""
         self._stopping = threading.Event()
         self._observer = Observer(records.host(), Path(os.environ.get(place.PLACES, ".")))
-        self._mine: list[Sample] = []
-        self._all: dict[int, Sample] = {}
+        self._samples: dict[int, list[Sample]] = {}
+        """By node, as it looked last."""
         self._heard = dict.fromkeys(range(self.nodes), time.monotonic())
         self._beats: dict[int, int] = {}
 
-    def _name_round(self, store: Any) -> str:
-        """Agree on a name for this start of the ranks: agents count their own restarts, which may differ."""
+    def _agree(self, store: Any) -> tuple[str, list[str]]:
+        """Return a name for this start of the ranks, whose agents may count restarts otherwise, and all nodes' names.
+
+        torchrun numbers nodes in an order of its own.
+        """
         if self.nodes == 1:
-            return ""
+            return "", [records.host()]
         if self.node == 0:
             store.set("ftune/round", str(time.time_ns()))
-        return str(store.get("ftune/round"), "ascii")
+        store.set(f"ftune/host/{self.node}", records.host())
+        return str(store.get("ftune/round"), "ascii"), [
+            str(store.get(f"ftune/host/{node}"), "utf-8") for node in range(self.nodes)
+        ]
 
     def begin(self) -> None:
         """Start looking; and telling, where there are other nodes: that can block when one of them is gone."""
@@ -62,26 +68,27 @@ class Heart:
 
     def lost_first_node(self, why: str) -> None:
         """End this node's ranks, since the agent could not ask the first node whether others have come."""
-        what = f"node 0 cannot be reached any more from {records.host()}"
+        what = f"the node where the others meet cannot be reached any more from {records.host()}"
         self._end("lost-node", Problem("node-lost", what, why=why.strip()[:300], fix=_FIX))
 
     def _watch(self) -> None:
         while not self._stopping.wait(place.INTERVAL_SECONDS):
-            self._mine = self._observer.look(self.processes)
-            self._all.update({sample.rank: sample for sample in self._mine})
+            self._samples[self.node] = self._observer.look(self.processes)
+            found = {sample.rank: sample for samples in list(self._samples.values()) for sample in samples}
             if problem := self._silent_node():
                 self._end("lost-node", problem)
-            elif missing := hung(self._all, self.ranks, self.limit_seconds):
+            elif missing := hung(found, self.ranks, self.limit_seconds):
                 self._end("hung", self._hung(missing))
 
     def _silent_node(self) -> Problem | None:
         now = time.monotonic()
         silent = [node for node, at in self._heard.items() if node != self.node and now - at > self.limit_seconds]
-        # Whoever cannot reach the first node hears of nobody.
         if not silent or self._stopping.is_set():
             return None
-        names = ", ".join(str(node) for node in (silent if 0 not in silent or self.node == 0 else [0]))
-        what = f"node {names} cannot be reached any more from {records.host()}"
+        # Whoever is cut off from the store hears of nobody.
+        alone = len(silent) == self.nodes - 1 > 1
+        who = "no other node can" if alone else f"{', '.join(self.hosts[node] for node in silent)} cannot"
+        what = f"{who} be reached any more from {records.host()}"
         why = f"nothing was heard of it for {self.limit_seconds:.0f} s: it is down, or the network is"
         return Problem("node-lost", what, why=why, fix=_FIX)
 
@@ -116,10 +123,13 @@ class Heart:
             beat += 1
             with contextlib.suppress(Exception):  # a store that does not answer is what silence is judged by
                 store = store or TCPStore(*self.meeting, is_master=False, timeout=timedelta(seconds=5))
-                store.set(self._key(self.node), json.dumps([beat, [asdict(sample) for sample in self._mine]]))
+                store.set(self._key(self.node), json.dumps([beat, self._looked()]))
                 for node in range(self.nodes):
                     if node != self.node:
                         self._hear(store, node)
+
+    def _looked(self) -> list[dict[str, Any]]:
+        return [asdict(sample) for sample in self._samples.get(self.node, ())]
 
     def _key(self, node: int) -> str:
         return f"ftune/pulse/{self.round}/{node}"
@@ -130,4 +140,4 @@ class Heart:
         if self._beats.get(node) != beat:
             self._beats[node] = beat
             self._heard[node] = time.monotonic()
-            self._all.update({values["rank"]: Sample(**values) for values in samples})
+            self._samples[node] = [Sample(**values) for values in samples]

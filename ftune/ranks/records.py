@@ -18,7 +18,9 @@ from ftune.launch.plan import NODE
 
 FOLDER = "FTUNE_RECORDS"
 """Names a folder of this node, for what cannot be written into a run directory whose disk is full."""
-Kind = Literal["problem", "crash", "killed", "hung", "lost-node", "lost-peer", "interrupted"]
+Kind = Literal["problem", "crash", "killed", "hung", "lost-node", "lost-peer", "interrupted", "saved"]
+STOPPED: frozenset[Kind] = frozenset(("interrupted", "saved"))
+"""At the user's request: at once, or after a step and saved."""
 RESTARTED: frozenset[Kind] = frozenset(("killed", "hung", "lost-node", "lost-peer"))
 """After these an elastic run may go on from its last checkpoint; the others would come again."""
 
@@ -47,7 +49,9 @@ class Record:
 
 def record_of(error: FtuneError) -> Record:
     """Return the record of an error that can be explained."""
-    kind: Kind = "interrupted" if isinstance(error, Interrupted) else "problem"
+    kind: Kind = "problem"
+    if isinstance(error, Interrupted):  # of Python's own where there was no step to wait for
+        kind = "interrupted" if isinstance(error.__cause__, KeyboardInterrupt) else "saved"
     return of_this_process(kind, error.exit_code, error.problems)
 
 

@@ -24,7 +24,7 @@ from ftune.ranks import life, place, records
 _LOOK_SECONDS = 0.2
 _SETTLE_SECONDS = 8.0
 """What ranks and agent have to end by themselves, once one of them has failed for good."""
-_PART_SECONDS = 60.0
+_PART_SECONDS = 600.0
 """What the first rank has to write the result of a run that was stopped and saved, once the others have left."""
 _END_SECONDS = 14.0
 """What an agent has to end its ranks once it is told to: more than it gives them."""
@@ -104,7 +104,7 @@ class Watch:
             # Once asked to stop nothing is started again.
             if since is None and (self._final(found) or (self.requests and processes - first)):
                 since = now
-            parting = all(record.kind == "interrupted" for record in found)
+            parting = bool(found) and all(record.kind == "saved" for record in found)
             if told is None and since is not None and now - since > (_PART_SECONDS if parting else _SETTLE_SECONDS):
                 _signal(agent.pid, _STOP)
                 told = now
@@ -128,7 +128,7 @@ class Watch:
 
     def _outcome(self, status: int) -> records.Record | None:
         found = records.read(self.folders, but=self.before)
-        stopped = [record for record in found if record.kind == "interrupted"]
+        stopped = [record for record in found if record.kind in records.STOPPED]
         cause = records.first_cause(found)
         if self.requests and (cause is None or cause.kind in records.RESTARTED):
             # Those that were still starting died of the signal itself.
@@ -172,7 +172,7 @@ def _signal(process: int, number: int) -> None:
 def _stopped_at_once(directory: Path) -> records.Record:
     fix = f"go on with: ftune resume {directory}"
     problem = Problem("interrupted", "stopped at once, without saving", fix=fix)
-    return records.record_of(Interrupted(problem))
+    return records.of_this_process("interrupted", Interrupted.exit_code, [problem])
 
 
 def _agent_died(status: int, directory: Path) -> records.Record:
@@ -186,9 +186,10 @@ def _write_result(directory: Path, cause: records.Record) -> None:
     """Leave the first cause in `result.json`; what a rank wrote there may be a consequence of it."""
     import json
 
-    if cause.kind == "interrupted" and rundir.status(directory) == "interrupted":
+    stopped = cause.kind in records.STOPPED
+    if stopped and rundir.status(directory) == "interrupted":
         return
-    status = "interrupted" if cause.kind == "interrupted" else "failed"
+    status = "interrupted" if stopped else "failed"
     message = str(cause.error()) if cause.problems else (cause.traceback.strip().splitlines() or [""])[-1]
     values = {"status": status, "error": type(cause.error()).__name__, "message": message}
     with contextlib.suppress(OSError):

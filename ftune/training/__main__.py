@@ -14,7 +14,6 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ftune import rundir
 from ftune.errors import FtuneError, Interrupted, Problem
 from ftune.ranks import life, place, records
 
@@ -31,9 +30,7 @@ def main(arguments: list[str]) -> NoReturn:
         _listen_to(signal.SIG_IGN)  # the agent ends the others as soon as it sees one fail
         record = _record(error, directory)
         records.write(record, records.folders(directory))
-        if record.kind == "interrupted":
-            _leave(0, saved=rundir.status(directory) == "interrupted")
-        _leave(record.exit_code, saved=False)
+        _leave(0 if record.kind in records.STOPPED else record.exit_code, saved=record.kind == "saved")
     _leave(0, saved=True)
 
 
@@ -97,7 +94,8 @@ def _be_alone_if_alone() -> None:
 def _record(error: BaseException, directory: Path) -> records.Record:
     if isinstance(error, KeyboardInterrupt):
         fix = f"go on with: ftune resume {directory}"
-        error = Interrupted(Problem("interrupted", "stopped at once, without saving", fix=fix))
+        problem = Problem("interrupted", "stopped at once, without saving", fix=fix)
+        return records.of_this_process("interrupted", Interrupted.exit_code, [problem])
     if isinstance(error, FtuneError):
         return records.record_of(error)
     text = "".join(traceback.format_exception(error))

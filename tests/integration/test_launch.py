@@ -69,40 +69,9 @@ def failed(run: Path, what: str) -> None:
     assert what in result["message"]
 
 
-def test_a_killed_rank_and_on_from_the_last_checkpoint(
-    values: dict[str, Any], start: Callable[..., Launch], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    launch = start("launch", str(written(tmp_path, values)), *TWO)
-    launch.wait_for_step(run, 4)
-    launch.rank(1).kill()
-    assert launch.end(MINUTE) == 5
-    text = launch.text()
-    assert "error: rank 1 on" in text
-    assert "killed by signal 9 (SIGKILL)" in text
-    assert f"ftune resume {run} --gpus 2 --cpu" in text
-    assert "Traceback" not in text
-    assert "2 ranks on" in text
-    assert launch.left_over() == []
-    failed(run, "killed by signal 9")
-    checkpoints_are_whole(run)
-    again = start("resume", str(run), *TWO)
-    assert again.end() == 0, again.text()
-    assert "going on from checkpoint-3" in again.text()
-    assert json.loads((run / "result.json").read_text())["status"] == "finished"
-    equals_one_process(values, run, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGTERM"]
-)
-def test_a_stop_is_saved(number: int, values: dict[str, Any], start: Callable[..., Launch], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    values["training"]["num_train_epochs"] = 50
-    launch = start("launch", str(written(tmp_path, values)), *TWO)
-    launch.wait_for_step(run, 2)
-    launch.process.send_signal(number)
-    assert launch.end() == 130
+def stopped(launch: Launch, run: Path) -> int:
+    """Hold the end of a launch that was asked to stop against what it has saved; return the step."""
+    assert launch.end() == 130, launch.text()
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "interrupted"
     assert f"stopped at step {result['steps']}; saved checkpoint-{result['steps']}" in launch.text()
@@ -110,6 +79,61 @@ def test_a_stop_is_saved(number: int, values: dict[str, Any], start: Callable[..
     assert "Traceback" not in launch.text()
     assert launch.left_over() == []
     checkpoints_are_whole(run)
+    return int(result["steps"])
+
+
+def killed(launch: Launch, run: Path) -> None:
+    """Kill a rank, and hold the end of its launch against that."""
+    launch.rank(1).kill()
+    assert launch.end(MINUTE) == 5
+    text = launch.text()
+    assert "error: rank 1 on" in text
+    assert "killed by signal 9 (SIGKILL)" in text
+    assert f"ftune resume {run} --gpus 2 --cpu" in text
+    assert "Traceback" not in text
+    assert launch.left_over() == []
+    failed(run, "killed by signal 9")
+    checkpoints_are_whole(run)
+
+
+def test_a_stop_is_saved_and_a_killed_rank_is_told(
+    values: dict[str, Any], start: Callable[..., Launch], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    values["training"]["num_train_epochs"] = 500
+    launch = start("launch", str(written(tmp_path, values)), *TWO)
+    launch.wait_for_step(run, 2)
+    launch.process.send_signal(signal.SIGINT)
+    step = stopped(launch, run)
+    assert "preflight: 2 ranks on" in launch.text()
+    again = start("resume", str(run), *TWO)
+    again.wait_for_step(run, step + 1)
+    assert f"going on from checkpoint-{step}" in again.text()
+    killed(again, run)
+
+
+@pytest.mark.slow
+def test_sigterm_is_a_stop(values: dict[str, Any], start: Callable[..., Launch], tmp_path: Path) -> None:
+    values["training"]["num_train_epochs"] = 500
+    launch = start("launch", str(written(tmp_path, values)), *TWO)
+    launch.wait_for_step(tmp_path / "run", 2)
+    launch.process.send_signal(signal.SIGTERM)
+    stopped(launch, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_on_from_the_last_checkpoint(
+    values: dict[str, Any], start: Callable[..., Launch], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    launch = start("launch", str(written(tmp_path, values)), *TWO)
+    launch.wait_for_step(run, 4)
+    killed(launch, run)
+    again = start("resume", str(run), *TWO)
+    assert again.end() == 0, again.text()
+    assert "going on from checkpoint-3" in again.text()
+    assert json.loads((run / "result.json").read_text())["status"] == "finished"
+    equals_one_process(values, run, tmp_path)
 
 
 @pytest.mark.slow

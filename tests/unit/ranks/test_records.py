@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftune.errors import DataError, Place, Problem, RunError
+from ftune.errors import DataError, Interrupted, Place, Problem, RunError
 from ftune.ranks import records
 from ftune.ranks.records import Record, first_cause
 
@@ -78,3 +78,11 @@ def test_half_a_record_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("code", "kind"), [(4, DataError), (5, RunError), (99, RunError)])
 def test_the_exit_code_is_that_of_the_error(code: int, kind: type) -> None:
     assert type(replace(record("problem", 1.0), exit_code=code).error()) is kind
+
+
+def test_a_stop_that_was_saved_is_told_from_one_at_once() -> None:
+    error = Interrupted(PROBLEM)
+    assert records.record_of(error).kind == "saved"
+    error.__cause__ = KeyboardInterrupt()
+    assert records.record_of(error).kind == "interrupted"
+    assert records.record_of(error).exit_code == 130
