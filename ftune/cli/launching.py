@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from ftune.resolve import RunSpec
 
 _PREFLIGHT_SUFFIX = ".preflight"
 _JOB_JOIN_SECONDS = 600
+_USERS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
+"""Settings of libraries, which somebody may have had a reason to choose."""
 
 
 def check_words(given: Layout, gpus: int | None, *, scheduled: bool = False) -> None:
@@ -162,7 +165,10 @@ def node_plan(
     from ftune.ranks import network
 
     meets: Interface = network.loopback() if layout.nodes == 1 else network.toward(layout.rendezvous)
-    return agent_plan(directory, layout, meets, cpu_cores=machine.cpu_cores, ranks=ranks, recipe_digest=digest)
+    plan = agent_plan(directory, layout, meets, cpu_cores=machine.cpu_cores, ranks=ranks, recipe_digest=digest)
+    # What the user has set himself goes before what ftune would set.
+    kept = {name: os.environ[name] for name in _USERS if name in plan.environment and name in os.environ}
+    return replace(plan, environment={**plan.environment, **kept})
 
 
 def follow(directory: Path, layout: Layout, plan: LaunchPlan) -> None:

@@ -60,8 +60,8 @@ class Watch:
             (here / "places").mkdir()
             self.folders = [shared, here / "records"]
             self.before = records.names(self.folders)
-            environment = {**self.plan.environment, **_kept(self.plan)}
-            environment |= {records.FOLDER: str(here / "records"), place.PLACES: str(here / "places")}
+            environment = {**self.plan.environment, records.FOLDER: str(here / "records")}
+            environment[place.PLACES] = str(here / "places")
             agent = subprocess.Popen(
                 self.plan.argv,
                 env={**os.environ, **environment},
@@ -140,12 +140,6 @@ class Watch:
         if (self.directory / rundir.RUN).is_file():
             _write_result(self.directory, cause)
         return cause
-
-
-def _kept(plan: LaunchPlan) -> dict[str, str]:
-    """Return what the user has set already, which goes before what ftune would set."""
-    theirs = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
-    return {name: os.environ[name] for name in theirs if name in plan.environment and name in os.environ}
 
 
 def ranks_of(agent: int) -> list[int]:
