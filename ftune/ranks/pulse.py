@@ -28,7 +28,7 @@ class Sample:
     idle_seconds: float
     """How long its process has neither computed, read nor written."""
     waits: bool
-    """Whether it says that it is where ranks wait for each other."""
+    """Whether it says that it is where ranks wait for each other, and is not stopped there."""
     stopped: bool
     """Whether it is stopped (SIGSTOP, a debugger)."""
     where: str
@@ -105,7 +105,7 @@ def hung(samples: Mapping[int, Sample], ranks: int, limit_seconds: float) -> lis
     if limit_seconds <= 0 or len(samples) < ranks or ranks < 2:
         return []
     still = [sample for sample in samples.values() if sample.idle_seconds >= limit_seconds]
-    missing = [sample for sample in still if sample.stopped or not sample.waits]
+    missing = [sample for sample in still if not sample.waits]
     if missing and any(sample.waits for sample in samples.values()):
         return missing
     return still if len(still) == ranks and all(sample.waits for sample in still) else []

@@ -68,18 +68,19 @@ def test_what_a_process_does_is_seen_from_outside(name: str, idle: bool, tmp_pat
     process = subprocess.Popen([sys.executable, "-c", PROGRAMS[name]], stdout=subprocess.DEVNULL)
     try:
         (tmp_path / f"{process.pid}.json").write_text(
-            f'{{"rank": 3, "time": {time.monotonic()}, "waits": false, "where": "f"}}'
+            f'{{"rank": 3, "time": {time.monotonic()}, "waits": true, "where": "f"}}'
         )
         observer = Observer("host", tmp_path)
         time.sleep(0.5)  # the interpreter has started
         observer.look([process.pid])
         time.sleep(1.0)
         (found,) = observer.look([process.pid])
-        assert (found.rank, found.waits, found.stopped) == (3, False, False)
+        assert (found.rank, found.waits, found.stopped) == (3, True, False)
         assert (found.idle_seconds > 0.9) is idle
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.3)
-        assert observer.look([process.pid])[0].stopped
+        (found,) = observer.look([process.pid])
+        assert (found.waits, found.stopped) == (False, True)
     finally:
         process.kill()
         process.wait()
