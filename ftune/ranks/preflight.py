@@ -143,6 +143,7 @@ def _bandwidth(store: Any, rank: int, ranks: int, machine: Machine) -> float:
     distributed.init_process_group(
         "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=ranks, timeout=limit
     )
+    tensor: Any = None
     try:
         tensor = torch.ones(_BYTES[kind] // 4, device=device)
         distributed.all_reduce(tensor)
@@ -156,3 +157,7 @@ def _bandwidth(store: Any, rank: int, ranks: int, machine: Machine) -> float:
         return _PASSES * _BYTES[kind] / (time.perf_counter() - began)
     finally:
         distributed.destroy_process_group()
+        if kind == "cuda":  # what was taken for this is neither kept nor counted
+            tensor = None
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
