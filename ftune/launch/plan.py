@@ -129,6 +129,8 @@ def _environment(layout: Layout, interface: Interface, cpu_cores: int, recipe_di
         # Otherwise each rank would take all cores for itself.
         "OMP_NUM_THREADS": str(max(1, cpu_cores // layout.ranks_per_node)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # Ranks that are started again would find in the agents' store the addresses of those before, and wait for them.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if interface.name:
         # Without it gloo asks what this host's name stands for, which often is 127.0.0.1.

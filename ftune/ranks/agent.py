@@ -40,9 +40,9 @@ _ENDED_BY = (signal.SIGTERM, signal.SIGINT, STOP)
 class Agent(LocalElasticAgent):
     """Starts the ranks of this node, and writes down how each one that failed did."""
 
-    def __init__(self, directory: Path, *arguments: Any, **named: Any) -> None:
+    def __init__(self, directory: Path, meeting: str, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.directory = directory
+        self.directory, self.meeting = directory, meeting
         self.heart: Heart | None = None
         """None unless ranks run that are watched."""
         self.before = records.names(records.folders(directory))
@@ -59,6 +59,7 @@ class Agent(LocalElasticAgent):
                 worker_group,
                 list(processes.values()),
                 records.folders(self.directory),
+                meeting=self.meeting,
                 attempt=self.attempt(),
                 limit_seconds=limit,
             )
@@ -157,6 +158,7 @@ def _run(directory: Path, arguments: Any) -> int:
     )
     agent = Agent(
         directory,
+        config.rdzv_endpoint,
         spec,
         config.logs_specs,
         exit_barrier_timeout=_PARTING_SECONDS,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftune.errors import Problem
-from ftune.ranks import place, records
+from ftune.ranks import network, place, records
 from ftune.ranks.pulse import Observer, Sample, hung
 
 _FIX = "if it was slow and not hung, allow more: --hang-timeout SECONDS (0 ends no run for it)"
@@ -25,12 +25,20 @@ class Heart:
     """A thread that looks at this node's ranks, tells the other nodes, and ends the ranks once nothing moves."""
 
     def __init__(
-        self, group: Any, processes: Sequence[int], folders: Sequence[Path], *, attempt: int, limit_seconds: float
+        self,
+        group: Any,
+        processes: Sequence[int],
+        folders: Sequence[Path],
+        *,
+        meeting: str,
+        attempt: int,
+        limit_seconds: float,
     ) -> None:
+        """Take torchrun's group of this node's ranks; `meeting` is HOST:PORT of the store where the agents met."""
         self.node, self.nodes = int(group.group_rank), int(group.group_world_size)
         self.ranks = int(group.workers[0].world_size)
         self.processes, self.folders = list(processes), list(folders)
-        self.meeting = (str(group.master_addr), int(group.master_port))
+        self.meeting = meeting
         self.round, self.hosts = self._agree(group.store)
         self.attempt, self.limit_seconds = attempt, limit_seconds
         self.ended = False
@@ -115,14 +123,15 @@ class Heart:
                 os.killpg(process, signal.SIGKILL)
 
     def _exchange(self) -> None:
-        """Tell and hear of the others, through a connection of its own to the store that the agents share."""
+        """Tell and hear of the others, through a connection of its own to the store where the agents met."""
         from torch.distributed import TCPStore
 
+        host, port = network.split(self.meeting)
         beat, store = 0, None
         while not self._stopping.wait(place.INTERVAL_SECONDS):
             beat += 1
             with contextlib.suppress(Exception):  # a store that does not answer is what silence is judged by
-                store = store or TCPStore(*self.meeting, is_master=False, timeout=timedelta(seconds=5))
+                store = store or TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
                 store.set(self._key(self.node), json.dumps([beat, self._looked()]))
                 for node in range(self.nodes):
                     if node != self.node:

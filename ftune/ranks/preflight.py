@@ -30,6 +30,8 @@ from ftune.resolve.files import fingerprint
 from ftune.resolve.spec import RunSpec
 
 _MEETING_SECONDS = 60
+_kept: list[Any] = []
+"""The store: the first rank holds it for all, who may still read when that one is done here."""
 _PASSES = 3
 _BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Of the tensor that is added up: large enough that the network's rate counts, and not its latency."""
@@ -41,6 +43,7 @@ def check(directory: Path, machine: Machine, warn: Callable[[Problem], None]) ->
     Every rank calls it.
     """
     store, rank, ranks = next(iter(distributed.rendezvous("env://", timeout=timedelta(seconds=_MEETING_SECONDS))))
+    _kept.append(store)
     mine = distributed.PrefixStore("ftune/preflight", store)
     mark = _mark(directory, mine, rank)
     clock = _clock(mine, rank, ranks)
