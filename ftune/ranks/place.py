@@ -14,6 +14,8 @@ from types import FrameType
 PLACES = "FTUNE_PLACES"
 """Names the folder in which the ranks of a node say where they are."""
 INTERVAL_SECONDS = 2.0
+_ASKED = "asked"
+"""A file beside the places, there once the user has asked to stop."""
 
 _WAITING_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 _WAITING_FUNCTIONS = ("_engine_run_backward",)
@@ -57,6 +59,25 @@ def looked_at(frame: FrameType) -> tuple[bool, str]:
 
 def _short(name: str) -> str:
     return "/".join(name.split("/")[-2:])
+
+
+def ask(folder: Path) -> None:
+    """Have the ranks of this node know that it is the user who ends them."""
+    with contextlib.suppress(OSError):
+        (folder / _ASKED).touch()
+
+
+def asked() -> bool:
+    """Return whether the user ended this rank, rather than its agent after another one failed: both send SIGTERM.
+
+    A batch system may signal every process at once, and the launcher comes to it a little later.
+    """
+    folder = os.environ.get(PLACES)
+    for _ in range(10):
+        if not folder or (Path(folder) / _ASKED).exists():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def read(folder: Path, process: int) -> dict[str, object] | None:

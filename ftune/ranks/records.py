@@ -19,6 +19,8 @@ from ftune.launch.plan import NODE
 FOLDER = "FTUNE_RECORDS"
 """Names a folder of this node, for what cannot be written into a run directory whose disk is full."""
 Kind = Literal["problem", "crash", "killed", "hung", "lost-node", "lost-peer", "interrupted", "saved"]
+_CONSEQUENCES: dict[Kind, int] = {"interrupted": 1, "lost-peer": 2}
+"""Who is ended after another one failed, or loses it, is never the first cause of what was noticed later."""
 STOPPED: frozenset[Kind] = frozenset(("interrupted", "saved"))
 """At the user's request: at once, or after a step and saved."""
 RESTARTED: frozenset[Kind] = frozenset(("killed", "hung", "lost-node", "lost-peer"))
@@ -105,7 +107,7 @@ def first_cause(found: Sequence[Record]) -> Record | None:
         return None
     last = max(record.attempt for record in found)
     of_it = [record for record in found if record.attempt == last]
-    return min(of_it, key=lambda record: (record.kind == "lost-peer", record.time))
+    return min(of_it, key=lambda record: (_CONSEQUENCES.get(record.kind, 0), record.time))
 
 
 def _parsed(values: dict[str, Any]) -> Record:

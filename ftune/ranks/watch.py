@@ -68,14 +68,15 @@ class Watch:
                 start_new_session=True,  # Ctrl-C is for this process alone
                 preexec_fn=life.follow_parent_with_stop if sys.platform == "linux" else None,
             )
-            with self._listening(agent):
+            with self._listening(agent, here / "places"):
                 self._see_through(agent)
             return self._outcome(agent.returncode)
 
     @contextlib.contextmanager
-    def _listening(self, agent: Any) -> Iterator[None]:
+    def _listening(self, agent: Any, places: Path) -> Iterator[None]:
         def asked(number: int, frame: Any) -> None:
             self.requests += 1
+            place.ask(places)
             ranks = ranks_of(agent.pid)
             if self.requests > 1 or not ranks:
                 _signal(agent.pid, _STOP)

@@ -94,12 +94,14 @@ def _be_alone_if_alone() -> None:
 def _record(error: BaseException, directory: Path) -> records.Record:
     if isinstance(error, KeyboardInterrupt):
         fix = f"go on with: ftune resume {directory}"
-        problem = Problem("interrupted", "stopped at once, without saving", fix=fix)
-        return records.of_this_process("interrupted", Interrupted.exit_code, [problem])
+        error, cause = Interrupted(Problem("interrupted", "stopped at once, without saving", fix=fix)), error
+        error.__cause__ = cause
     if isinstance(error, FtuneError):
-        return records.record_of(error)
+        record = records.record_of(error)
+        if record.kind != "interrupted" or place.asked():
+            return record
     text = "".join(traceback.format_exception(error))
-    if _lost_a_peer(error):
+    if isinstance(error, Interrupted) or _lost_a_peer(error):
         what = f"rank {os.environ.get('RANK', '0')} on {records.host()} lost the other ranks"
         fix = f"go on with: ftune resume {directory}"
         return records.of_this_process(

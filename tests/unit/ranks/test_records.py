@@ -86,3 +86,8 @@ def test_a_stop_that_was_saved_is_told_from_one_at_once() -> None:
     error.__cause__ = KeyboardInterrupt()
     assert records.record_of(error).kind == "interrupted"
     assert records.record_of(error).exit_code == 130
+
+
+def test_a_rank_that_was_ended_is_not_the_cause_of_another_ones_end() -> None:
+    assert first_cause([record("interrupted", 1.0), record("killed", 2.0)]).kind == "killed"
+    assert first_cause([record("lost-peer", 1.0), record("interrupted", 2.0)]).kind == "interrupted"
