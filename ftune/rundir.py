@@ -27,10 +27,11 @@ CODES_LOCK = ".codes.lock"
 ZEROTH_ORDER = "zeroth_order.log"
 ZEROTH_ORDER_CHOSEN = "zeroth_order.safetensors"
 LOCK = ".lock"
+LAUNCH = "launch"
 OWN = frozenset(
     (
         *(RECIPE, OVERRIDES, RUN, ENVIRONMENT, METRICS, RESULT, SAMPLES, CHECKPOINTS, MODEL, REPORT, LOCK),
-        *(ZEROTH_ORDER, ZEROTH_ORDER_CHOSEN, CODES, CODES_LOCK),
+        *(ZEROTH_ORDER, ZEROTH_ORDER_CHOSEN, CODES, CODES_LOCK, LAUNCH),
     )
 )
 """Everything that ftune itself writes into a run directory."""

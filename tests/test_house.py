@@ -18,7 +18,7 @@ _MODULES = sorted((_ROOT / "ftune").rglob("*.py"))
 _LONGEST_MODULE, _LONGEST_FUNCTION = 400, 60
 _HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "numpy"}
 _COMMANDS = [
-    *("init", "check", "plan", "preview", "train", "resume", "chat", "merge", "export", "rebuild"),
+    *("init", "check", "plan", "preview", "train", "launch", "resume", "chat", "merge", "export", "rebuild"),
     *("report", "explain", "schema", "doctor"),
 ]
 

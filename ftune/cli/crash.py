@@ -9,12 +9,12 @@ import traceback
 from pathlib import Path
 
 
-def report() -> int:
-    """Save the current exception with what is needed to reproduce it; returns exit code 1."""
+def report(text: str = "") -> int:
+    """Save a traceback, by default the current one, with what is needed to reproduce it; returns exit code 1."""
     from ftune import __version__
     from ftune.machine import probe
 
-    text = traceback.format_exc()
+    text = text or traceback.format_exc()
     packages = probe().packages
     names = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "typer", "pydantic")
     lines = [

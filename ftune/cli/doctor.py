@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ftune.cli.launch import Cpu, Gpus, JoinTimeout, NodeRank, Nodes, Rendezvous
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -25,16 +27,36 @@ _INSTALL = {
 }
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    launch: Annotated[
+        str | None, typer.Option("--launch", metavar="RECIPE", help="Check the hosts of a launch, and train nothing.")
+    ] = None,
+    gpus: Gpus = None,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = "",
+    cpu: Cpu = False,
+    join_timeout: JoinTimeout = 60,
+) -> None:
     """Say what this machine can do: precision, memory, packages, and what to install.
 
-    Leaves with 3 when something that ftune needs is missing.
+    Leaves with 3 when something that ftune needs is missing. With --launch the ranks of a launch are started, compared
+    and let go again.
 
     Example: ftune doctor
     """
     import json
 
     from ftune.machine import probe
+
+    if launch is not None:
+        from ftune.cli import launching
+        from ftune.launch import Layout
+
+        given = Layout(gpus or 0, nodes, node_rank, rendezvous, cpu, join_seconds=join_timeout)
+        launching.preflight(launch, given, gpus)
+        return
 
     findings = examine(probe())
     if as_json:

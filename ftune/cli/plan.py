@@ -49,17 +49,13 @@ def plan(
     import sys
 
     from ftune.cli import console
-    from ftune.errors import Problem, RecipeError
     from ftune.memory.ask import ask
     from ftune.memory.shown import show
 
     if fit or write is not None or allow:
         from ftune.memory.fit import fit as search
 
-        if html is not None:
-            raise RecipeError(Problem("plan-html", "--html shows one plan, and --fit makes many", fix=_FIRST_FIT))
-        if gpus * nodes > 1:
-            raise RecipeError(Problem("plan-fit-devices", "--fit searches for one device", fix="leave --gpus out"))
+        _refuse_beside_fit(html=html is not None, devices=gpus * nodes)
         found_fit = search(recipe, override or (), gpu=gpu, allow=allow or (), timeout_seconds=timeout)
         _tell(found_fit, write, as_json=as_json)
         return
@@ -76,6 +72,15 @@ def plan(
         show(found.spec, found.plan, sys.stdout)
     if found.plan.fits is False:
         raise typer.Exit(3)
+
+
+def _refuse_beside_fit(*, html: bool, devices: int) -> None:
+    from ftune.errors import Problem, RecipeError
+
+    if html:
+        raise RecipeError(Problem("plan-html", "--html shows one plan, and --fit makes many", fix=_FIRST_FIT))
+    if devices > 1:
+        raise RecipeError(Problem("plan-fit-devices", "--fit searches for one device", fix="leave --gpus out"))
 
 
 def _tell(found: Fit, path: Path | None, *, as_json: bool) -> None:

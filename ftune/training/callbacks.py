@@ -109,10 +109,12 @@ def _epoch_is_over(state: Any) -> bool:
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
     """The first Ctrl-C (or SIGTERM) ends the run after its current step, saved; a second one ends it at once.
 
-    Outside the steps, while a run loads or writes its result, the first one ends it at once.
+    Outside the steps, while a run loads or writes its result, the first one ends it at once. In a launch a signal may
+    come twice, from the launcher and from a batch system that signals every process: there SIGUSR1 alone is the second.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, launched: bool = False) -> None:
+        self.launched = launched
         self.stepping = False
         self.requested = False
         self.stopped = False
@@ -123,7 +125,8 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
         """Take both signals; outside the main thread Python allows no handler."""
         previous = {}
         if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if self.launched else []))
+            previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -144,7 +147,9 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
         if forked and not self.stepping:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self.requested or not self.stepping:
+        elif self.requested and self.launched and number != signal.SIGUSR1:
+            return
+        elif self.requested or not self.stepping or number == signal.SIGUSR1:
             raise KeyboardInterrupt
         self.requested = True
         if not forked:

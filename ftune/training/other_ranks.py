@@ -55,7 +55,7 @@ def _told(before: int, now: int) -> str:
 
 
 def _refused(found: Path, before: int, now: int, why: str) -> Problem:
-    fix = f"start it as before: torchrun --nproc_per_node {before} -m ftune resume RUN_DIR"
+    fix = f"start it as before: ftune resume RUN_DIR --gpus {before} (or as many over several --nodes)"
     fix = fix if before > 1 else "start it in one process: ftune resume RUN_DIR"
     what = f"{found.name} was saved by {before} rank{'s' if before > 1 else ''}, and cannot go on with {now}"
     return Problem("resume-ranks", what, why=why, fix=fix)

@@ -62,8 +62,33 @@ class Continued:
     notes: tuple[str, ...]
 
 
-def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continued:
-    """Return what a stopped run goes on with; raises RunError where it cannot, saying what differs."""
+def go_on(directory: Path, machine: Machine) -> Continued:
+    """Return what a rank of a launch trains: from the beginning, or from the newest whole checkpoint.
+
+    Whoever launched it has compared the rest; this host's own packages and devices are looked at here.
+    """
+    spec = _with_output(_read_spec(directory), directory.resolve())
+    raise_errors(check(Loaded(spec.recipe, source.Source(rundir.RECIPE, spec.recipe_text, {})), machine))
+    found, damaged = checkpoint.latest(directory)
+    notes: list[str] = []
+    if found is not None:
+        spec, notes = for_ranks(spec, found, ranks_here())
+        notes.append(f"going on from {found.name}")
+    if os.environ.get("RANK", "0") == "0":
+        _put_aside(path for path, _ in damaged)
+    return Continued(spec, found, tuple(notes))
+
+
+def ranks_here() -> int:
+    """Return of how many processes this one is, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def reopen(directory: Path, changes: Sequence[str], machine: Machine, *, ranks: int | None = None) -> Continued:
+    """Return what a stopped run goes on with; raises RunError where it cannot, saying what differs.
+
+    `ranks` is how many processes it goes on with, by default those that there are.
+    """
     before = _with_output(_read_spec(directory), directory.resolve())
     if not changes and rundir.status(directory) == "finished":
         raise RunError(_finished(directory, before))
@@ -85,7 +110,7 @@ def reopen(directory: Path, changes: Sequence[str], machine: Machine) -> Continu
     with held(directory) if main else contextlib.nullcontext():
         found, damaged = checkpoint.latest(directory)
         if found is not None:
-            spec, shared = for_ranks(spec, found, int(os.environ.get("WORLD_SIZE", "1")))
+            spec, shared = for_ranks(spec, found, ranks or ranks_here())
         if rundir.status(directory) == "finished":
             _require_more(directory, before, spec, found)
         if main:

@@ -37,16 +37,18 @@ def train(
     foresee: Foresee | None = None,
     choose_rows: ChooseRows | None = None,
     force: bool = False,
+    launched: bool = False,
 ) -> RunResult:
     """Run a spec from its start or from a checkpoint; raises FtuneError, and leaves `result.json` in every case.
 
     `choose_rows` settles a `per_device_train_batch_size` that is still `auto`. Where `foresee` is given, the run's plan
     is asked for before its weights are loaded. One that cannot fit stops the run, unless that is forced.
+    `launched` says that a launcher passes on what the user asks for.
     """
     main = os.environ.get("RANK", "0") == "0"
     shown = progress.choose(plain=plain, main=main)
     home = Path(spec.recipe.training.output_dir)
-    stop = StopOnRequest()
+    stop = StopOnRequest(launched=launched)
     held = directory.held(home) if main else contextlib.nullcontext()
     with held, failure.written_down(spec, main=main) as course, stop.listening():
         try:
@@ -67,8 +69,8 @@ def _run(
 ) -> RunResult:
     started, recipe = time.perf_counter(), spec.recipe
     check_alone(spec)
-    home = Path(recipe.training.output_dir)
-    if os.environ.get("RANK", "0") == "0":
+    home, main = Path(recipe.training.output_dir), os.environ.get("RANK", "0") == "0"
+    if main:
         checkpoints.remove_partial(home)
     # Before any process group: ranks wait on files for the one that tokenises, whom no watchdog then ends.
     tokenizer = load_tokenizer(recipe.model, shown.say)
@@ -86,8 +88,7 @@ def _run(
     check_packing(recipe, model)
     collator = collator_of(recipe, tokenizer, model, data)
     set_seed(recipe.training.seed)
-    model = ready(spec, model, data, collator, shown)
-    model = shared_out(spec, model, arguments, shown)
+    model = shared_out(spec, ready(spec, model, data, collator, shown), arguments, shown)
 
     metrics, samples = MetricsLog(home, shown), Samples(prompts_of(spec, data), shown)
     parts = Parts(recipe, model, tokenizer, data.train, data.eval, collator, arguments, data.names)

@@ -63,7 +63,7 @@ def test_what_cannot_keep_its_rows_is_refused(settings: dict[str, Any], tmp_path
     assert for_ranks(spec, found, 4) == (spec, [])
     with pytest.raises(RunError) as refused:
         for_ranks(spec, found, 2)
-    assert "torchrun --nproc_per_node 4" in str(refused.value)
+    assert "ftune resume RUN_DIR --gpus 4" in str(refused.value)
 
 
 def test_a_checkpoint_of_before_says_its_ranks_alone(tmp_path: Path) -> None:
