@@ -222,7 +222,7 @@ def _cpu_cores() -> int:
 
 def free_bytes() -> int:
     """Return the memory that is free now, at most what a container may use."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return min(int(psutil.virtual_memory().available), memory_bytes())
 
