@@ -159,9 +159,9 @@ def test_answers_are_given_in_the_bits_of_training(
     asked: list[bool] = []
     answers = samples.generate_answers
 
-    def spy(*arguments: Any) -> list[str]:
+    def spy(*arguments: Any, **named: Any) -> list[str]:
         asked.append(torch.is_autocast_enabled("cpu"))
-        return answers(*arguments)
+        return answers(*arguments, **named)
 
     monkeypatch.setattr(samples, "generate_answers", spy)
     training = {"max_steps": 1, "bf16": True, "sample_prompts": ["Hello"], "sample_max_new_tokens": 2}

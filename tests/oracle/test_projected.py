@@ -40,7 +40,7 @@ def run(rule: Any, weight: torch.Tensor, gradients: list[torch.Tensor], state: A
     rounding = Rounding("nearest", 0)
     for number, gradient in enumerate(gradients):
         rounding.begin(number, 0)
-        rule.update(weight, gradient.clone(), state, group, rounding)
+        rule.update(weight, gradient.clone(), state, group, rounding, weight.shape)
     return state
 
 
