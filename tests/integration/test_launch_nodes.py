@@ -118,7 +118,7 @@ def test_a_node_is_cut_off(
         assert "Traceback" not in one.text()
         assert one.left_over() == []
     assert "node 1" in first.text().rpartition("error: ")[2]
-    assert [checkpoint.damage(folder) for folder in (run / "checkpoints").iterdir()] == [None]
+    assert {checkpoint.damage(folder) for folder in (run / "checkpoints").iterdir()} == {None}  # one or more
     assert json.loads((run / "result.json").read_text())["status"] == "failed"
 
 
