@@ -36,9 +36,8 @@ def plan(
 ) -> MemoryPlan:
     """Return what a run needs of a GPU, by name or size, else of this machine; raises ftune.errors.FtuneError.
 
-    Of several `gpus` that share the run it is what each needs.
-    Steps of the run are traced in a process of its own, which takes seconds for each; more than `timeout_seconds` (600)
-    raise RunError.
+    Of several `gpus` that share the run it is what each needs. Steps of the run are traced in a process of its own,
+    which takes seconds for each; more than `timeout_seconds` (600) raise RunError.
     """
     from ftune.memory.ask import ask
 

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DEFINITIONS = ROOT / "recipes" / "data" / "definitions.train.jsonl"
 EVALUATION = ROOT / "recipes" / "data" / "definitions.eval.jsonl"
+
+
+def on_ranks(ranks: int, *words: str, paths: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a script, or what torchrun takes in its place, on so many ranks; `paths` are searched for modules, too."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
+    found = os.pathsep.join(map(str, (ROOT, *paths)))
+    done = subprocess.run(
+        [sys.executable, *launcher, *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def rows_file(path: Path, count: int, *, longest: int = 180, source: Path = DEFINITIONS) -> Path:

@@ -57,8 +57,8 @@ def ask(
     """Return the plan of a recipe on a GPU by name or size; else on this machine's, or on its processor.
 
     Of several `ranks` it is the plan of each one's device. Neither weights nor data need be there, and no trace takes
-    longer than it may. A `whole` plan is told from
-    all layers, and keeps the trace. Raises RecipeError and MachineError, and RunError for what cannot be traced.
+    longer than it may. A `whole` plan is told from all layers, and keeps the trace. Raises RecipeError and
+    MachineError, and RunError for what cannot be traced.
     """
     machine, facts = machine_with(gpu)
     loaded, problems = plannable(recipe, changes, machine)

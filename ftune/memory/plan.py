@@ -195,7 +195,7 @@ def planned(
     allocated = round(highest.size_bytes + beyond.rounding)
     needs = Need(allocated, allocated)
     if gpu is not None:
-        needs = need(round(allocated + beyond.kept), round(allocated + beyond.unused), gpu.capability)
+        needs = need(round(allocated + beyond.kept), round(allocated + beyond.unused), gpu.capability, devices)
     return MemoryPlan(
         parts={**parts, "overhead": needs.low_bytes - highest.size_bytes},
         phases={phase: found.size_bytes for phase, found in phases.items()},

@@ -11,6 +11,17 @@ import time
 from pathlib import Path
 from types import FrameType
 
+OF_A_RANK = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Variables that say that a process is a rank, and where the others are."""
 PLACES = "FTUNE_PLACES"
 """Names the folder in which the ranks of a node say where they are."""
 INTERVAL_SECONDS = 2.0

@@ -30,15 +30,15 @@ _END_SECONDS = 14.0
 """What an agent has to end its ranks once it is told to: more than it gives them."""
 _STOP = signal.SIGUSR1
 
-_OF_A_RANK = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+_OF_A_LAUNCH = (
+    *place.OF_A_RANK,
     *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE"),
 )
 
 
 def forget_rank() -> None:
     """Take out of the environment what says that this process is a rank: a cluster may number its pods so."""
-    for name in _OF_A_RANK:
+    for name in _OF_A_LAUNCH:
         os.environ.pop(name, None)
 
 

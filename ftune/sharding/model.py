@@ -97,7 +97,7 @@ def clip(weights: Iterable[torch.Tensor], most: float) -> torch.Tensor:
     if most > 0:
         factor = (most / (norm + 1e-6)).clamp_(max=1.0)
         for each in gradients:
-            each.mul_(factor.to(each.dtype))
+            each.mul_(factor)
     return norm
 
 

@@ -79,15 +79,7 @@ def _train(directory: Path, *, only_preflight: bool, plain: bool) -> None:
 def _be_alone_if_alone() -> None:
     """Forget the launch where it has one rank: Hugging Face would make a process group of one."""
     if os.environ.get("WORLD_SIZE") == "1":
-        for name in (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "LOCAL_WORLD_SIZE",
-            "GROUP_RANK",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        ):
+        for name in place.OF_A_RANK:
             os.environ.pop(name, None)
 
 

@@ -107,12 +107,14 @@ def _largest_planned(spec: RunSpec, lengths: numpy.ndarray) -> tuple[int, ...]:
     return tuple(int(length) for length in lengths[largest])
 
 
-def check_alone(spec: RunSpec) -> None:
-    """Raise RunError where a plan would have to decide for several processes: each has a device of its own."""
-    if spec.recipe.training.per_device_train_batch_size == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def check_alone(spec: RunSpec, *, plans: bool) -> None:
+    """Raise RunError where rows are left to a plan and there is none: of several processes, or of a launch."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if spec.recipe.training.per_device_train_batch_size == "auto" and (several or not plans):
         what = "per_device_train_batch_size: auto is decided by the plan of one process"
         fix = "ask `ftune plan RECIPE`, and set the numbers that it decides"
-        raise RunError(Problem("rows-auto", what, why="this run has several", fix=fix))
+        why = "this run has several" if several else "a launch makes no plan"
+        raise RunError(Problem("rows-auto", what, why=why, fix=fix))
 
 
 def settle_rows(choose: ChooseRows, spec: RunSpec, data: Prepared, shown: Progress) -> RunSpec:

@@ -68,7 +68,7 @@ def _run(
     choose_rows: ChooseRows | None,
 ) -> RunResult:
     started, recipe = time.perf_counter(), spec.recipe
-    check_alone(spec)
+    check_alone(spec, plans=choose_rows is not None)
     home, main = Path(recipe.training.output_dir), os.environ.get("RANK", "0") == "0"
     if main:
         checkpoints.remove_partial(home)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from training_runs import ROOT, losses, metrics, recipe, rows_file, same_bits, weights
+from training_runs import losses, metrics, on_ranks, recipe, rows_file, same_bits, weights
 
 import ftune
 
@@ -27,20 +25,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `ftune` on so many ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    command = [*(launcher if ranks > 1 else []), *(["--no-python"] if ranks > 1 else []), sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "ftune", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return on_ranks(ranks, "-m", "ftune", *arguments)
 
 
 def written(folder: Path, values: dict[str, Any]) -> str:
@@ -218,10 +203,10 @@ def test_other_stages(stage: int, tuning: dict[str, Any], tiny_model: Path, rows
 def test_what_cannot_be_split_is_refused_before_anything_is_loaded(
     tiny_model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    for training, tuning in (({"optim": "muon"}, {}), ({"optim": "adamw_torch"}, {"method": "hift"})):
+    refused = {
+        "sharding-optimizer": ({"optim": "muon"}, {}),
+        "sharding-tuning": ({"optim": "adamw_torch"}, {"method": "hift"}),
+    }
+    for rule, (training, tuning) in refused.items():
         values = values_of(tiny_model, rows, tmp_path / "run", ranks=2, training=training, tuning=tuning)
-        problems = ftune.check(values)
-        assert [problem.rule for problem in problems if problem.severity == "error"] in (
-            ["sharding-optimizer"],
-            ["sharding-tuning"],
-        )
+        assert [problem.rule for problem in ftune.check(values) if problem.severity == "error"] == [rule]

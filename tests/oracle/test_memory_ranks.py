@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
-from training_runs import ROOT
+from training_runs import ROOT, on_ranks
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -86,19 +84,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what the first of two ranks held in each case."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [*command, str(folder / "script.py"), str(folder), json.dumps([asked(case) for case in CASES])],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    cases = json.dumps([asked(case) for case in CASES])
+    paths = (ROOT / "benchmarks", ROOT / "tests")
+    on_ranks(2, str(folder / "script.py"), str(folder), cases, paths=paths)
     return json.loads((folder / "0.json").read_text())  # type: ignore[no-any-return]
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from training_runs import ROOT
+from training_runs import ROOT, on_ranks
 
 from ftune import plugin
 from ftune.plugin import Sharding
@@ -120,18 +117,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Return what each rank found."""
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [*command, str(folder / "script.py"), str(folder), *(f"{name}-{stage}" for name, stage in CASES)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    cases = (f"{name}-{stage}" for name, stage in CASES)
+    on_ranks(ranks, str(folder / "script.py"), str(folder), *cases, paths=(ROOT / "tests",))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
